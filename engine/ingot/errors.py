@@ -1,0 +1,59 @@
+"""Errors meant for the person at the keyboard: each says which field, which value, and what to do.
+
+Everything raised on purpose derives from `IngotError`; the command line prints it as one line and exits
+with `exit_code`. Anything else that escapes is a defect of Ingot and keeps its traceback.
+"""
+
+
+class IngotError(Exception):
+    """A problem that the user can mend. `str(error)` is the whole message."""
+
+    exit_code = 1
+
+
+class FieldError(IngotError):
+    """A value that cannot be used: `field` names it, `value` shows it, `fix` says what to write instead."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, fix: str, *, where: str = "") -> None:
+        self.field, self.value, self.fix, self.where = field, value, fix, where
+        place = f"{where}: " if where else ""
+        super().__init__(f"{place}{field} = {value!r}: {fix}")
+
+
+class RecipeError(FieldError):
+    """The recipe asks for something impossible, unknown or contradictory."""
+
+
+class DataError(FieldError):
+    """The data cannot be read, or holds rows that cannot be used."""
+
+
+class ModelError(FieldError):
+    """The model or tokenizer cannot be found, is unsafe to load, or lacks a part that the task needs."""
+
+
+class CheckpointError(IngotError):
+    """A checkpoint could not be written or read; what was there before is untouched."""
+
+
+class PackageError(IngotError):
+    """A package could not be written, or does not answer as the model it was made from."""
+
+
+class ServeError(FieldError):
+    """The endpoint cannot start as asked."""
+
+
+class Interrupted(IngotError):
+    """Stopped by Ctrl-C or SIGTERM after writing a resumable checkpoint."""
+
+    exit_code = 130
+
+
+class MissingPackage(IngotError):
+    """An optional package is needed; the message holds the install command."""
+
+    def __init__(self, package: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}: pip install {package}")

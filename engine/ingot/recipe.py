@@ -1,0 +1,285 @@
+"""The recipe: one frozen schema for every stage. A field's meaning, unit and default stand beside it.
+
+This is the only place where a knob can exist. Unknown keys are errors, nothing is ever written back, and
+"auto" is resolved by the one reader of the field and saved in the run's `resolved.yaml`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+Task = Literal["chat-completion", "text-generation", "language-modeling", "text-classification"]
+TASK_COLUMNS: dict[str, tuple[str, ...]] = {
+    "chat-completion": ("messages",),
+    "text-generation": ("prompt", "completion"),
+    "language-modeling": ("text",),
+    "text-classification": ("text", "label"),
+}
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Section):
+    """Which model to start from."""
+
+    source: str = Field(min_length=1)
+    """Where the model is: `ingot://nano` (embedded), `hf://org/name`, `package://python_package/folder`, or a folder."""
+    revision: str | None = None
+    """Commit, tag or branch of an `hf://` source. None: the hub's default branch."""
+    initialization: Literal["pretrained", "random"] = "pretrained"
+    """random: only the configuration and tokenizer of `source` are used; weights are drawn with `train.seed`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations. auto: bfloat16 on a GPU that has it, float32 on a CPU without bfloat16 units."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model. Off: such a model is refused."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template for a tokenizer that has none (or a wrong one). It is packaged with the model."""
+    pooling: Literal["auto", "mean", "head"] = "auto"
+    """Classification: mean of the last hidden states, or the architecture's own `head`. auto: mean for encoders without
+    a trained head, `head` otherwise."""
+
+
+class Source(Section):
+    """One set of rows."""
+
+    uri: str = Field(min_length=1)
+    """File, folder, glob, `ingot://NAME` (generated), or `hf://datasets/ID`. Relative paths start at the recipe's folder."""
+    format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "conll", "text", "text-pair", "hf", "generated"] = "auto"
+    """auto: from the file's extension (a trailing .gz is looked through)."""
+    pair: str | None = None
+    """text-pair: the second, line-aligned file; rows get the columns `source` and `target`."""
+    split: str | None = None
+    """Split of a Hugging Face data set or of a generated one."""
+    config: str | None = None
+    """Configuration name of a Hugging Face data set."""
+
+
+def _as_source(value: Any) -> Any:
+    return {"uri": value} if isinstance(value, str) else value
+
+
+Rows = Annotated[Source, BeforeValidator(_as_source)]
+
+
+class Data(Section):
+    """Which rows to learn from and to measure on, and how to read them."""
+
+    train: Rows
+    """Rows to learn from: a path or URI, or a mapping with `uri` and `format`."""
+    validation: Rows | None = None
+    """Rows to watch while training. None: `validation_share` of the training rows, drawn with `split_seed`."""
+    test: Rows | None = None
+    """Rows to measure on. None: `test_share` of the training rows, drawn with `split_seed`."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """What the engine calls a column -> what the file calls it, e.g. `{prompt: mr, completion: ref}`."""
+    prompt_template: str = "{prompt}"
+    """text-generation: how the prompt is written; `{name}` is replaced by that column of the row."""
+    validation_share: Share = 0.05
+    """Share of the training rows drawn for validation when `validation` is missing (stratified by label)."""
+    test_share: Share = 0.1
+    """Share of the training rows drawn for test when `test` is missing (stratified by label)."""
+    split_seed: int = 0
+    """Seed of the drawn splits; independent of `train.seed`, so that reseeding training keeps the test rows."""
+    max_train_rows: Positive | None = None
+    """Learn from this many rows, drawn with `split_seed`. None: all."""
+    max_tokens: Positive = 1024
+    """Longest row in tokens; what is longer loses its end. A row that loses every trainable token is dropped and counted."""
+    max_bad_rows: int = Field(default=0, ge=0)
+    """How many unreadable rows are tolerated (counted and reported) before the run stops."""
+
+
+class Objective(Section):
+    """What is learned from a row."""
+
+    task: Task = "chat-completion"
+    """chat-completion: the assistant's turns. text-generation: the completion. language-modeling: every token.
+    text-classification: the label."""
+    train_on: Literal["all-assistant", "last-assistant"] = "all-assistant"
+    """chat-completion: which assistant turns are learned."""
+    label_smoothing: Share = 0.0
+    """Share of the probability mass spread evenly over all classes (Szegedy et al. 2016, section 7)."""
+
+
+class Adapter(Section):
+    """Low-rank adaptation (Hu et al. 2021) through peft. `kind: none` trains every weight."""
+
+    kind: Literal["lora", "none"] = "lora"
+    """lora: the base is frozen and low-rank updates are learned. none: full fine-tuning."""
+    rank: Positive = 16
+    """Width r of the update B·A; adapter size grows linearly with it."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input."""
+    rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Weight-decomposed adaptation (Liu et al. 2024)."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Which linear layers: all but the output head, or names such as `[q_proj, v_proj]`."""
+
+
+class Optim(Section):
+    """AdamW (Loshchilov & Hutter 2019) and its schedule."""
+
+    lr: float = Field(default=2e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay of matrices; biases, norms and embeddings are not decayed."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_share: Share = 0.03
+    """Share of all steps over which the rate rises linearly from 0."""
+    min_lr_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Where the schedule ends, as a share of `lr`."""
+    clip_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Largest global L2 norm of the gradient. None: no clipping."""
+
+
+class Train(Section):
+    """How long, in which portions, and what is kept."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training rows; fractions are allowed. `max_steps` wins when it is set."""
+    max_steps: Positive | None = None
+    """Optimizer steps. None: from `epochs`."""
+    tokens_per_step: Positive = 8192
+    """Tokens (not counting padding) of one optimizer step, over all ranks. Rows are not cut to fit: a step takes rows until the
+    next one would exceed this."""
+    tokens_per_microbatch: Positive = 4096
+    """Tokens (counting padding) of one forward pass on one rank. Changes memory and speed, never the gradient."""
+    group_by_length: bool = False
+    """Put rows of similar length into the same step: less padding, slightly less random steps."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    """Seed of initialisation, dropout and row order."""
+    evaluate_every_steps: Positive | None = None
+    """Measure the validation loss this often. None: once an epoch. It is always measured at the end."""
+    checkpoint_every_steps: Positive | None = None
+    """Write a resumable checkpoint this often. None: whenever the validation loss is measured."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints to keep; the best one is always kept too."""
+    threads: Positive | None = None
+    """CPU threads per rank. None: torch's default under one rank, cores divided by local ranks under several."""
+
+
+class Parallel(Section):
+    """How ranks share the work. Ranks themselves come from the launcher (torchrun)."""
+
+    strategy: Literal["auto", "none", "ddp"] = "auto"
+    """auto: none on one rank, DistributedDataParallel on several."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl on GPUs, gloo on CPUs."""
+    timeout_minutes: float = Field(default=10.0, gt=0)
+    """How long a collective may wait for a rank before the job is ended."""
+
+
+class Evaluate(Section):
+    """Measuring the base and the tuned model on the test rows."""
+
+    enabled: bool = True
+    """Off: `ingot run` skips the stage."""
+    base: bool = True
+    """Measure the base model too, and test the difference."""
+    metrics: list[str] | None = None
+    """Names of metrics. None: those of the task."""
+    max_rows: Positive | None = None
+    """Measure on this many test rows, drawn with `data.split_seed`. None: all."""
+    max_new_tokens: Positive = 128
+    """Longest generated answer."""
+    tokens_per_batch: Positive = 8192
+    """Prompt and answer tokens of one generation batch."""
+    merge_references: bool = False
+    """text-generation: test rows with the same prompt are one item with several references (BLEU)."""
+    bootstrap_samples: int = Field(default=1000, ge=100)
+    """Resamples behind each interval and the paired test."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+    """Level of the intervals."""
+
+
+class Package(Section):
+    """The MLflow model."""
+
+    enabled: bool = True
+    """Off: `ingot run` skips the stage."""
+    name: str | None = None
+    """Folder name of the package, and the model's name in it. None: the recipe's name."""
+    verify: bool = True
+    """Load it in a clean process that may import only the packaged requirements, and compare its answers."""
+    license: str | None = None
+    """SPDX identifier of the tuned model, written to its card. None: as the base model's card says."""
+
+
+class Serve(Section):
+    """The endpoint that `ingot run` asks one question, and `ingot serve` keeps up."""
+
+    enabled: bool = True
+    """Off: `ingot run` skips the stage."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """0: a free one is taken and printed."""
+    question: str | None = None
+    """What `ingot run` asks. None: the first test row."""
+
+
+class Track(Section):
+    """MLflow tracking."""
+
+    enabled: bool = True
+    """Off: metrics still go to the run's `metrics.jsonl`."""
+    uri: str | None = None
+    """Tracking server. None: MLFLOW_TRACKING_URI, else a SQLite file in the output folder."""
+    experiment: str = "ingot"
+    """Experiment name."""
+
+
+class Recipe(Section):
+    """Everything that a run needs, from base model and data to a served package."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Short name: letters, digits, `.`, `_`, `-`. Runs and packages are named after it."""
+    description: str = ""
+    """One sentence for people."""
+    output: str = "runs"
+    """Folder for runs, relative to where the command is typed."""
+    model: Model
+    data: Data
+    objective: Objective = Objective()
+    adapter: Adapter = Adapter()
+    optim: Optim = Optim()
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+    evaluate: Evaluate = Evaluate()
+    package: Package = Package()
+    serve: Serve = Serve()
+    track: Track = Track()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        data, train = self.data, self.train
+        if data.validation_share + data.test_share >= 1.0:
+            raise ValueError("data.validation_share + data.test_share must be under 1, or nothing is left to learn from")
+        if train.tokens_per_microbatch < data.max_tokens:
+            raise ValueError(
+                f"train.tokens_per_microbatch = {train.tokens_per_microbatch} cannot hold one row of data.max_tokens = "
+                f"{data.max_tokens} tokens; raise the first or lower the second"
+            )
+        if data.columns:
+            known = {"messages", "prompt", "completion", "text", "label", "tools"}
+            unknown = sorted(set(data.columns) - known)
+            if unknown:
+                raise ValueError(f"data.columns names {unknown[0]!r}; the engine knows: {', '.join(sorted(known))}")
+        return self
