@@ -53,7 +53,13 @@ class MeanPoolClassifier(nn.Module):
         # The pooler is not on the path of mean pooling and was not saved: asking for none avoids drawing a random one.
         options = {"add_pooling_layer": False} if "add_pooling_layer" in kind.__init__.__code__.co_varnames else {}
         backbone = AutoModel.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=dtype, **options
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            **options,
         )
         tensors = load_file(Path(folder) / CLASSIFIER_FILE)
         model = cls(backbone, tensors["weight"].shape[0])

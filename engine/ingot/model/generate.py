@@ -1,0 +1,416 @@
+"""Text from a causal language model, and the runtime around a finished model folder.
+
+Self-contained (standard library, torch, transformers and the sibling `pooling.py`): evaluation, the MLflow package (which holds
+a copy of this file) and the endpoint all answer through it, so that what was measured is what is served.
+"""
+
+# B rows of the running batch, T tokens, V vocabulary
+
+import inspect
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from .pooling import CLASSIFIER_FILE, MeanPoolClassifier
+
+RUNTIME_FILE = "ingot.json"
+DEFAULT_NEW_TOKENS = 128
+# The decoder of some tokenizers drops a leading space, so new text is decoded behind this many prompt tokens.
+CONTEXT_TOKENS = 8
+UNFINISHED_CHARACTER = "\ufffd"
+
+
+class InputError(ValueError):
+    """An input that cannot be answered; `field` names the part of the request. Holds counts, never the input's text."""
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `ids` are all generated tokens (a closing end token included); `text` ends before the stop."""
+
+    text: str
+    ids: list[int]
+    n_prompt: int
+    finish_reason: str  # "stop": an end token or stop string; "length": max_new_tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 is greedy. Row i draws from (seed, i), whatever shares its batch."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError("max_tokens", f"max_tokens must be 1 or more, not {self.max_new_tokens}")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise InputError("temperature", f"temperature must be between 0 and 100, not {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InputError("top_p", f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if any(not text for text in self.stop):
+            raise InputError("stop", "a stop string must not be empty")
+
+
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every end-of-sequence id that the generation config, the config or the tokenizer names. Padding alone never ends a text."""
+    found: set[int] = set()
+    for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        ids = getattr(owner, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return frozenset(int(i) for i in found)
+
+
+def context_limit(model: nn.Module) -> int | None:
+    """Most tokens (prompt and answer) that the model's positions reach; None where the architecture has no such limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+
+
+@dataclass
+class _Row:
+    """One answer in the making."""
+
+    index: int
+    prompt: list[int]
+    decode: Callable[[list[int]], str]
+    draws: random.Random
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    ended: bool = False  # the last id is an end token
+
+    def full_text(self) -> str:
+        """The text so far, without the end token; stop strings are still in it."""
+        context = self.prompt[-CONTEXT_TOKENS:]
+        new = self.ids[:-1] if self.ended else self.ids
+        before = self.decode(context)
+        whole = self.decode(context + new)
+        return whole[len(before) :] if whole.startswith(before) else self.decode(new)
+
+    def push(self, token: int, ends: frozenset[int], sampling: Sampling) -> None:
+        self.ids.append(token)
+        if token in ends:
+            self.finish_reason, self.ended = "stop", True
+        elif sampling.stop and any(text in self.full_text() for text in sampling.stop):
+            self.finish_reason = "stop"
+        elif len(self.ids) >= sampling.max_new_tokens:
+            self.finish_reason = "length"
+
+    def result(self, sampling: Sampling) -> Generation:
+        text = self.full_text()
+        found = [text.find(stop) for stop in sampling.stop if stop in text]
+        return Generation(text[: min(found)] if found else text, self.ids, len(self.prompt), self.finish_reason)
+
+
+def _choose(logits_BV: Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
+    """The next token of each row: the largest logit, or the inverse of the cumulative distribution at the row's own draw."""
+    if sampling.temperature == 0.0:
+        return logits_BV.argmax(-1).tolist()
+    probs_BV, order_BV = torch.softmax(logits_BV.float() / sampling.temperature, -1).sort(-1, descending=True)
+    cumulative_BV = probs_BV.cumsum(-1)
+    # A token stays while the mass before it is under top_p: the first one always stays.
+    kept_B1 = ((cumulative_BV - probs_BV) < sampling.top_p).sum(-1, keepdim=True)
+    mass_B1 = cumulative_BV.gather(-1, kept_B1 - 1)
+    draws_B1 = torch.tensor([[row.draws.random()] for row in rows], device=logits_BV.device) * mass_B1
+    rank_B1 = torch.minimum((cumulative_BV <= draws_B1).sum(-1, keepdim=True), kept_B1 - 1)
+    return order_BV.gather(-1, rank_B1).squeeze(-1).tolist()
+
+
+@torch.inference_mode()
+def _decode(
+    model: nn.Module, rows: list[_Row], ends: frozenset[int], pad_id: int, sampling: Sampling
+) -> Iterator[list[_Row]]:
+    """Run one left-padded batch to its end; yields the rows that got a token, after each token.
+
+    Own loop because `model.generate` keeps finished rows in the batch, draws samples that depend on the batch, and applies
+    whatever the folder's generation config says; its greedy ids are what the tests compare this with.
+    """
+    device = next(model.parameters()).device
+    longest = max(len(row.prompt) for row in rows)
+    ids_BT = torch.tensor([[pad_id] * (longest - len(row.prompt)) + row.prompt for row in rows], device=device)
+    mask_BT = torch.tensor([[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device)
+    known = inspect.signature(model.forward).parameters
+    cache: Any = None
+    while rows:
+        options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        if "position_ids" in known:
+            positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+            options["position_ids"] = positions_BT[:, -ids_BT.shape[1] :]
+        output = model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **options)
+        cache = output.past_key_values
+        tokens = _choose(output.logits[:, -1], rows, sampling)
+        for row, token in zip(rows, tokens, strict=True):
+            row.push(token, ends, sampling)
+        yield rows
+        left = [i for i, row in enumerate(rows) if not row.finish_reason]
+        if len(left) < len(rows):
+            keep = torch.tensor(left, device=device, dtype=torch.long)
+            rows, tokens, mask_BT = [rows[i] for i in left], [tokens[i] for i in left], mask_BT[keep]
+            if rows:
+                cache.batch_select_indices(keep)
+        ids_BT = torch.tensor(tokens, device=device).unsqueeze(-1)
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], -1)
+
+
+def _rows(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], sampling: Sampling
+) -> list[_Row]:
+    limit = context_limit(model)
+    for prompt in prompts:
+        if not prompt:
+            raise InputError("prompt", "the prompt holds no token")
+        if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
+            total = len(prompt) + sampling.max_new_tokens
+            raise InputError(
+                "max_tokens",
+                f"{len(prompt)} prompt tokens + {sampling.max_new_tokens} new tokens = {total}, and the model reaches {limit}",
+            )
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[return-value]
+
+    seed = random.getrandbits(64) if sampling.seed is None else sampling.seed
+    return [_Row(i, prompt, decode, random.Random(f"{seed}/{i}")) for i, prompt in enumerate(prompts)]
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return (
+        0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+    )  # masked: any id of the vocabulary will do
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    tokens_per_batch: int = 8192,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """Answer every prompt (token ids); results in input order, each independent of its batch but for float noise.
+
+    A batch holds prompts of similar length, at most `tokens_per_batch` tokens counting padding and `max_new_tokens` (always at
+    least one prompt). `progress` gets the number of prompts that each batch finished. Raises `InputError` (a ValueError).
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop), seed)
+    rows = _rows(model, tokenizer, prompts, sampling)
+    ends, pad_id = end_ids(model, tokenizer), _pad_id(tokenizer)
+    # Longest first: memory runs out at the first batch or never.
+    waiting = sorted(rows, key=lambda row: len(row.prompt), reverse=True)
+    was_training = model.training
+    model.eval()
+    try:
+        while waiting:
+            size = max(1, tokens_per_batch // (len(waiting[0].prompt) + max_new_tokens))
+            batch, waiting = waiting[:size], waiting[size:]
+            for _ in _decode(model, batch, ends, pad_id, sampling):
+                pass
+            if progress is not None:
+                progress(len(batch))
+    finally:
+        model.train(was_training)
+    return [row.result(sampling) for row in rows]
+
+
+def stream(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[int], sampling: Sampling
+) -> Iterator[str | Generation]:
+    """Answer one prompt piece by piece: strings, joined equal to the text of the `Generation` that comes last.
+
+    A piece is held back while it may still become a stop string or the rest of a character.
+    """
+    [row] = _rows(model, tokenizer, [prompt], sampling)
+    sent = 0
+    for _ in _decode(model, [row], end_ids(model, tokenizer), _pad_id(tokenizer), sampling):
+        if not row.finish_reason:
+            text = row.full_text()
+            safe = len(text.rstrip(UNFINISHED_CHARACTER))
+            held = max((n for stop in sampling.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            safe = min(safe, len(text) - held)
+            if safe > sent:
+                yield text[sent:safe]
+                sent = safe
+    done = row.result(sampling)
+    if done.text[sent:]:
+        yield done.text[sent:]
+    yield done
+
+
+def plain_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a prompt that the model continues: special tokens once, and no end token behind it."""
+    bos = tokenizer.bos_token
+    ids = list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
+    while ids and ids[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, tokenizer.bos_token_id}:
+        ids.pop()
+    return ids
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` -> the first GPU if there is one, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What `ingot.json` says about a model folder; for a folder without one, what its configuration implies."""
+    if (folder / RUNTIME_FILE).is_file():
+        return json.loads((folder / RUNTIME_FILE).read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = folder / "tokenizer_config.json"
+    chat = (folder / "chat_template.jinja").is_file() or (
+        tokenizer.is_file() and "chat_template" in json.loads(tokenizer.read_text(encoding="utf-8"))
+    )
+    if (folder / CLASSIFIER_FILE).is_file():
+        return {"task": "text-classification", "pooling": "mean"}
+    if any("ForSequenceClassification" in name for name in config.get("architectures") or []):
+        return {"task": "text-classification", "pooling": "head"}
+    return {"task": "chat-completion" if chat else "text-generation"}
+
+
+class Runtime:
+    """A finished model folder, ready to answer. Not thread-safe: one caller at a time."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, about: dict[str, Any]) -> None:
+        self.model, self.tokenizer, self.about = model.eval(), tokenizer, about
+        self.task: str = about["task"]
+        self.default_new_tokens = int(about.get("max_new_tokens") or DEFAULT_NEW_TOKENS)
+        named = getattr(model.config, "id2label", None) or {}  # type: ignore[union-attr]
+        self.labels: tuple[str, ...] = tuple(about.get("labels") or [named[i] for i in sorted(named)])
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto") -> "Runtime":
+        """Load a complete Hugging Face folder (safetensors, no remote code, no network). On a CPU weights become float32."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no config.json: not a model folder")
+        about, where = describe(folder), pick_device(device)
+        dtype: Any = "auto" if where.type == "cuda" else torch.float32
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        if about["task"] != "text-classification":
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **local)
+        elif about.get("pooling") == "mean":
+            model = MeanPoolClassifier.from_pretrained(folder, dtype=dtype)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, **local
+            )
+        return cls(model.to(where), tokenizer, about)
+
+    def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """The prompt of a conversation, by the tokenizer's own chat template."""
+        self._require_text()
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError("messages", "this model has no chat template: send a prompt instead")
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs: they raise anything, mostly jinja2's TemplateError
+            raise InputError("messages", f"the model's chat template refuses these messages: {error}") from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The prompt of a completion; `prompt_template` of `ingot.json` is filled in as it was in training."""
+        self._require_text()
+        template = self.about.get("prompt_template") or "{prompt}"
+        return plain_prompt_ids(self.tokenizer, template.replace("{prompt}", prompt))
+
+    def _require_text(self) -> None:
+        if self.task == "text-classification":
+            raise InputError("model", "this model classifies text: it does not write any")
+
+    def sampling(self, prompts: Sequence[list[int]], params: dict[str, Any]) -> Sampling:
+        """`params` (max_new_tokens, temperature, top_p, stop, seed; None: default) -> `Sampling`.
+
+        Without max_new_tokens the folder's default is used, or what the context leaves.
+        """
+        given = {key: value for key, value in params.items() if value is not None}
+        if "max_new_tokens" not in given:
+            limit, longest = context_limit(self.model), max(map(len, prompts), default=0)
+            if limit is not None and longest >= limit:
+                raise InputError(
+                    "prompt", f"{longest} prompt tokens leave no room for an answer: the model reaches {limit}"
+                )
+            room = self.default_new_tokens if limit is None else limit - longest
+            given["max_new_tokens"] = min(self.default_new_tokens, room)
+        stop = given.pop("stop", ())
+        return Sampling(stop=(stop,) if isinstance(stop, str) else tuple(stop), **given)
+
+    def generate(self, prompts: Sequence[list[int]], **params: Any) -> list[Generation]:
+        """Answer prompts given as ids; `params` as in `sampling`."""
+        chosen = self.sampling(prompts, params)
+        return generate(self.model, self.tokenizer, prompts, **vars(chosen))
+
+    def stream(self, prompt: list[int], **params: Any) -> Iterator[str | Generation]:
+        """As the module's `stream`; what is wrong with `params` or the prompt's length is raised by this call already."""
+        chosen = self.sampling([prompt], params)
+        _rows(self.model, self.tokenizer, [prompt], chosen)
+        return stream(self.model, self.tokenizer, prompt, chosen)
+
+    def chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **params: Any
+    ) -> Generation:
+        """Answer one conversation."""
+        return self.generate([self.chat_ids(messages, tools)], **params)[0]
+
+    def complete(self, prompt: str, **params: Any) -> Generation:
+        """Continue one prompt."""
+        return self.generate([self.prompt_ids(prompt)], **params)[0]
+
+    @torch.inference_mode()
+    def classify(self, texts: Sequence[str], tokens_per_batch: int = 8192) -> list[tuple[str, dict[str, float]]]:
+        """The most likely label of each text, and the probability of every label."""
+        if self.task != "text-classification":
+            raise InputError("model", "this model writes text: it does not classify")
+        rows = sorted(enumerate(self._class_ids(texts)), key=lambda item: len(item[1]), reverse=True)
+        # Decoders find the last token by comparing with the configured padding id: without one they take one row at a time.
+        configured = getattr(self.model.config, "pad_token_id", None)  # type: ignore[union-attr]
+        found: dict[int, list[float]] = {}
+        pad_id = _pad_id(self.tokenizer) if configured is None else configured
+        while rows:
+            needs_pad = configured is None and not isinstance(self.model, MeanPoolClassifier)
+            size = 1 if needs_pad else max(1, tokens_per_batch // len(rows[0][1]))
+            batch, rows = rows[:size], rows[size:]
+            for (index, _), probs in zip(batch, self._probabilities([ids for _, ids in batch], pad_id), strict=True):
+                found[index] = probs
+        answers = [dict(zip(self.labels, found[i], strict=True)) for i in range(len(texts))]
+        return [(max(answer, key=answer.__getitem__), answer) for answer in answers]
+
+    def _class_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        limits = [n for n in (context_limit(self.model), self.tokenizer.model_max_length) if n is not None]
+        cut = self.about.get("max_tokens")  # training cut longer texts there, so the same is done here
+        encoded = [list(self.tokenizer(t, truncation=cut is not None, max_length=cut)["input_ids"]) for t in texts]
+        for ids in encoded:
+            if not ids:
+                raise InputError("text", "the text holds no token")
+            if len(ids) > min(limits, default=len(ids)):
+                raise InputError("text", f"{len(ids)} tokens, and the model reaches {min(limits)}")
+        return encoded
+
+    def _probabilities(self, batch: list[list[int]], pad_id: int) -> list[list[float]]:
+        device, longest = next(self.model.parameters()).device, max(map(len, batch))
+        ids_BT = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in batch], device=device)
+        mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch], device=device)
+        output = self.model(input_ids=ids_BT, attention_mask=mask_BT)
+        return torch.softmax((output if isinstance(output, Tensor) else output.logits).float(), -1).tolist()
