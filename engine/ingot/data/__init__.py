@@ -1,0 +1,1 @@
+"""Rows on their way to a batch: sources -> conversation -> splits -> template -> loader."""
