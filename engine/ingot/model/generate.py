@@ -1,7 +1,7 @@
 """Text from a causal language model, and the runtime around a finished model folder.
 
-Self-contained (standard library, torch, transformers and the sibling `pooling.py`): evaluation, the MLflow package (which holds
-a copy of this file) and the endpoint all answer through it, so that what was measured is what is served.
+Self-contained (standard library, torch, transformers and the sibling `pooling.py`): evaluation, the MLflow package
+(which holds a copy of this file) and the endpoint all answer through it, so that what was measured is what is served.
 """
 
 # B rows of the running batch, T tokens, V vocabulary
@@ -72,7 +72,7 @@ class Sampling:
 
 
 def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every end-of-sequence id that the generation config, the config or the tokenizer names. Padding alone never ends a text."""
+    """Every end-of-sequence id that generation config, config or tokenizer name. A padding id alone ends nothing."""
     found: set[int] = set()
     for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         ids = getattr(owner, "eos_token_id", None)
@@ -81,7 +81,7 @@ def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
 
 
 def context_limit(model: nn.Module) -> int | None:
-    """Most tokens (prompt and answer) that the model's positions reach; None where the architecture has no such limit."""
+    """Most tokens (prompt and answer) that the model's positions reach; None for an architecture without a limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
 
 
@@ -121,7 +121,7 @@ class _Row:
 
 
 def _choose(logits_BV: Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
-    """The next token of each row: the largest logit, or the inverse of the cumulative distribution at the row's own draw."""
+    """The next token of each row: the largest logit, or the inverse cumulative distribution at the row's own draw."""
     if sampling.temperature == 0.0:
         return logits_BV.argmax(-1).tolist()
     probs_BV, order_BV = torch.softmax(logits_BV.float() / sampling.temperature, -1).sort(-1, descending=True)
@@ -140,8 +140,8 @@ def _decode(
 ) -> Iterator[list[_Row]]:
     """Run one left-padded batch to its end; yields the rows that got a token, after each token.
 
-    Own loop because `model.generate` keeps finished rows in the batch, draws samples that depend on the batch, and applies
-    whatever the folder's generation config says; its greedy ids are what the tests compare this with.
+    An own loop because `model.generate` draws samples that depend on the batch, keeps finished rows in it, and applies
+    whatever the folder's generation config says. Greedy it is as fast, and the tests compare the ids of both.
     """
     device = next(model.parameters()).device
     longest = max(len(row.prompt) for row in rows)
@@ -149,7 +149,7 @@ def _decode(
     mask_BT = torch.tensor([[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in rows], device=device)
     known = inspect.signature(model.forward).parameters
     cache: Any = None
-    while rows:
+    while True:
         options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         if "position_ids" in known:
             positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
@@ -161,11 +161,12 @@ def _decode(
             row.push(token, ends, sampling)
         yield rows
         left = [i for i, row in enumerate(rows) if not row.finish_reason]
+        if not left:
+            return
         if len(left) < len(rows):
-            keep = torch.tensor(left, device=device, dtype=torch.long)
+            keep = torch.tensor(left, device=device)
             rows, tokens, mask_BT = [rows[i] for i in left], [tokens[i] for i in left], mask_BT[keep]
-            if rows:
-                cache.batch_select_indices(keep)
+            cache.batch_select_indices(keep)
         ids_BT = torch.tensor(tokens, device=device).unsqueeze(-1)
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], -1)
 
@@ -178,10 +179,9 @@ def _rows(
         if not prompt:
             raise InputError("prompt", "the prompt holds no token")
         if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
-            total = len(prompt) + sampling.max_new_tokens
+            wanted = f"{len(prompt)} prompt tokens + {sampling.max_new_tokens} new tokens"
             raise InputError(
-                "max_tokens",
-                f"{len(prompt)} prompt tokens + {sampling.max_new_tokens} new tokens = {total}, and the model reaches {limit}",
+                "max_tokens", f"{wanted} = {len(prompt) + sampling.max_new_tokens}: the model reaches {limit}"
             )
 
     def decode(ids: list[int]) -> str:
@@ -212,8 +212,8 @@ def generate(
 ) -> list[Generation]:
     """Answer every prompt (token ids); results in input order, each independent of its batch but for float noise.
 
-    A batch holds prompts of similar length, at most `tokens_per_batch` tokens counting padding and `max_new_tokens` (always at
-    least one prompt). `progress` gets the number of prompts that each batch finished. Raises `InputError` (a ValueError).
+    A batch holds prompts of similar length, at most `tokens_per_batch` tokens counting padding and `max_new_tokens`
+    (at least one prompt). `progress` gets how many prompts each batch finished. Raises `InputError`, a ValueError.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop), seed)
     rows = _rows(model, tokenizer, prompts, sampling)
@@ -268,11 +268,6 @@ def plain_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return ids
 
 
-def pick_device(device: str) -> torch.device:
-    """`auto` -> the first GPU if there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-
-
 def describe(folder: Path) -> dict[str, Any]:
     """What `ingot.json` says about a model folder; for a folder without one, what its configuration implies."""
     if (folder / RUNTIME_FILE).is_file():
@@ -301,11 +296,12 @@ class Runtime:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> "Runtime":
-        """Load a complete Hugging Face folder (safetensors, no remote code, no network). On a CPU weights become float32."""
+        """Load a complete Hugging Face folder (safetensors, no remote code, no network). On a CPU in float32."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no config.json: not a model folder")
-        about, where = describe(folder), pick_device(device)
+        about = describe(folder)
+        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype: Any = "auto" if where.type == "cuda" else torch.float32
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
@@ -363,7 +359,7 @@ class Runtime:
         return generate(self.model, self.tokenizer, prompts, **vars(chosen))
 
     def stream(self, prompt: list[int], **params: Any) -> Iterator[str | Generation]:
-        """As the module's `stream`; what is wrong with `params` or the prompt's length is raised by this call already."""
+        """As the module's `stream`; errors of `params` or of the prompt's length are raised by this call already."""
         chosen = self.sampling([prompt], params)
         _rows(self.model, self.tokenizer, [prompt], chosen)
         return stream(self.model, self.tokenizer, prompt, chosen)
@@ -384,7 +380,7 @@ class Runtime:
         if self.task != "text-classification":
             raise InputError("model", "this model writes text: it does not classify")
         rows = sorted(enumerate(self._class_ids(texts)), key=lambda item: len(item[1]), reverse=True)
-        # Decoders find the last token by comparing with the configured padding id: without one they take one row at a time.
+        # Decoders find the last token by comparing with the configured padding id; without one they take single rows.
         configured = getattr(self.model.config, "pad_token_id", None)  # type: ignore[union-attr]
         found: dict[int, list[float]] = {}
         pad_id = _pad_id(self.tokenizer) if configured is None else configured

@@ -40,7 +40,7 @@ class MeanPoolClassifier(nn.Module):
         return self.classifier(mean_BD.to(self.classifier.weight.dtype)).float()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the encoder as a Hugging Face folder, and `classifier.safetensors` {weight [C, D], bias [C]} into it."""
+        """Write the encoder as a Hugging Face folder with `classifier.safetensors` {weight [C, D], bias [C]} in it."""
         self.backbone.save_pretrained(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.classifier.state_dict().items()}
         save_file(tensors, Path(folder) / CLASSIFIER_FILE)

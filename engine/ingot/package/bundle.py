@@ -1,9 +1,9 @@
 """Writes the MLflow model folder from a finished model folder, file by file: no model is loaded, nothing is pickled.
 
-    MLmodel  conda.yaml  python_env.yaml  requirements.txt  input_example.json  serving_input_example.json  README.md
-    manifest.json           SHA-256 of every other file
-    model/                  a complete Hugging Face folder: other servers can be pointed inside the package
-    code/ingot_runtime_H/   the runtime; H is a hash of it, so that two packages in one process keep their own
+MLmodel  conda.yaml  python_env.yaml  requirements.txt  input_example.json  serving_input_example.json  README.md
+manifest.json           SHA-256 of every other file
+model/                  a complete Hugging Face folder: other servers can be pointed inside the package
+code/ingot_runtime_H/   the runtime; H is a hash of it, so that two packages in one process keep their own
 """
 
 import hashlib
@@ -54,7 +54,9 @@ def package_model(
     try:
         building.chmod(0o755)
         _link_tree(model_folder, building / "model")
-        (building / "model" / RUNTIME_FILE).write_text(_json(about | {"task": task, "example": example}), encoding="utf-8")
+        (building / "model" / RUNTIME_FILE).write_text(
+            _json(about | {"task": task, "example": example}), encoding="utf-8"
+        )
         loader = _write_code(building / "code")
         _write_environment(building)
         _write_mlmodel(building, loader, task, example, metadata | {"name": name, "task": task, "license": license})
@@ -77,10 +79,14 @@ def _check_model_folder(folder: Path, task: str) -> dict[str, Any]:
         raise PackageError(f"task {task!r} cannot be packaged")
     for needed in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if not (folder / needed).is_file():
-            raise PackageError(f"{folder} holds no {needed}: the package would not load; save model and tokenizer there first")
+            raise PackageError(
+                f"{folder} holds no {needed}: the package would not load; save model and tokenizer there first"
+            )
     for path in sorted(folder.rglob("*")):
         if path.suffix in FORBIDDEN:
-            raise PackageError(f"{path} could run code when loaded; a package holds safetensors and data only: remove it")
+            raise PackageError(
+                f"{path} could run code when loaded; a package holds safetensors and data only: remove it"
+            )
     index = folder / "model.safetensors.index.json"
     shards = {"model.safetensors"}
     if index.is_file():
@@ -100,7 +106,9 @@ def _check_model_folder(folder: Path, task: str) -> dict[str, Any]:
 
 def _scalar_example(task: str, example: dict[str, Any]) -> dict[str, str]:
     """The example as string columns: hosts that read it (Azure ML without a scoring script) take nothing nested."""
-    allowed = {"chat-completion": ("input_string", "messages"), "text-classification": ("text",)}.get(task, ("input_string",))
+    allowed = {"chat-completion": ("input_string", "messages"), "text-classification": ("text",)}.get(
+        task, ("input_string",)
+    )
     if len(example) != 1 or next(iter(example)) not in allowed:
         raise PackageError(f"the example of a {task} model needs one of {' or '.join(allowed)}, not {sorted(example)}")
     [(column, value)] = example.items()
@@ -146,7 +154,11 @@ def _write_environment(folder: Path) -> None:
         "channels": ["conda-forge"],
         "dependencies": [f"python={platform.python_version()}", "pip", {"pip": pins}],
     }
-    python = {"python": platform.python_version(), "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
+    python = {
+        "python": platform.python_version(),
+        "build_dependencies": ["pip"],
+        "dependencies": ["-r requirements.txt"],
+    }
     (folder / "conda.yaml").write_text(yaml.safe_dump(conda, sort_keys=False), encoding="utf-8")
     (folder / "python_env.yaml").write_text(yaml.safe_dump(python, sort_keys=False), encoding="utf-8")
 
@@ -210,7 +222,9 @@ def _card(name: str, task: str, example: dict[str, str], metadata: dict[str, Any
     front = {"license": license, "base_model": metadata.get("base_model"), "library_name": "transformers"}
     front |= {"pipeline_tag": PIPELINE_TAGS.get(task, "text-generation"), "tags": ["ingot", "mlflow"]}
     head = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
-    facts = "".join(f"- {key}: {value}\n" for key, value in metadata.items() if isinstance(value, str | int | float | bool))
+    facts = "".join(
+        f"- {key}: {value}\n" for key, value in metadata.items() if isinstance(value, str | int | float | bool)
+    )
     body = json.dumps({"dataframe_records": [example]}, ensure_ascii=False)
     return f"""---
 {head}---
@@ -227,7 +241,8 @@ model = mlflow.pyfunc.load_model("PATH/OF/THIS/FOLDER")
 print(model.predict({json.dumps([example], ensure_ascii=False)}))
 ```
 
-`ingot serve FOLDER` answers the OpenAI routes; `mlflow models serve -m FOLDER --env-manager local` answers `/invocations`:
+`ingot serve FOLDER` answers the OpenAI routes and `/invocations`; so does
+`mlflow models serve -m FOLDER --env-manager local` for the latter:
 
 ```json
 {body}
@@ -261,7 +276,7 @@ def check_manifest(package: Path) -> None:
 
 
 def _swap(building: Path, out: Path) -> None:
-    """Put `building` in place of `out`: what stands there is whole at any time but between two renames, and then it is put back."""
+    """Put `building` in place of `out` by renames; what stood there comes back if the last one fails."""
     if not out.exists():
         os.replace(building, out)
         return

@@ -1,7 +1,7 @@
-"""Run as `python -I clean_process.py REQUEST RESPONSE`: loads a package as a stranger would, and answers its examples.
+"""Run as `python -I clean_process.py REQUEST RESPONSE`: loads a package as a stranger would, and answers examples.
 
-Imports nothing of Ingot's. Every installed distribution outside the closure of the package's requirements is hidden, and
-Ingot itself too: what loads here loads in an environment built from requirements.txt.
+Imports nothing of Ingot's. Every installed distribution outside the closure of the package's requirements is hidden,
+and Ingot itself too: what loads here loads in an environment built from requirements.txt.
 """
 
 import importlib.metadata
@@ -63,7 +63,7 @@ def hide_others(requirements: list[str]) -> set[str]:
     for module, owners in importlib.metadata.packages_distributions().items():
         if not any(canonical(owner) in allowed for owner in owners):
             hidden.add(module)
-    # Python's own modules stay, whatever a distribution claims; `packaging` was needed to get here and is loaded already.
+    # Python's own modules stay, whatever a distribution claims.
     hidden -= set(sys.stdlib_module_names)
     sys.meta_path[:] = [Hiding(finder, hidden) if hasattr(finder, "find_spec") else finder for finder in sys.meta_path]
     for module in [name for name in sys.modules if name.partition(".")[0] in hidden]:

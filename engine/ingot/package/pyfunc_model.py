@@ -1,8 +1,8 @@
 """MLflow's door to a packaged model: `mlflow.pyfunc.load_model` and `mlflow models serve` come in here.
 
 Copied into the package beside `generate.py` and `pooling.py`; imports nothing of Ingot's. Input columns are strings:
-`input_string` (or `messages`, a JSON list, for chat models) or `text`; output columns are `output_string`, or `label` and
-`probability`.
+`input_string` (or `messages`, a JSON list, for chat models) or `text`. Output columns are `output_string`, or `label`
+and `probability`.
 """
 
 import json
@@ -13,7 +13,13 @@ import pandas as pd
 from .generate import InputError, Runtime
 
 # Sampling parameters as clients name them -> as the runtime does. The signature declares exactly these.
-PARAMS = {"max_tokens": "max_new_tokens", "temperature": "temperature", "top_p": "top_p", "stop": "stop", "seed": "seed"}
+PARAMS = {
+    "max_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "stop": "stop",
+    "seed": "seed",
+}
 
 
 def _load_pyfunc(data_path: str) -> "PackagedModel":
@@ -28,7 +34,7 @@ class PackagedModel:
         self.runtime = runtime
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """`data`: a DataFrame, or what makes one (a list of rows, a dict of columns). Raises InputError, a ValueError."""
+        """`data`: a DataFrame, or what makes one (a list of rows, a dict of columns). Raises `InputError`."""
         frame = _frame(data)
         if self.runtime.task == "text-classification":
             answers = self.runtime.classify(_strings(frame, "text"))
@@ -68,7 +74,7 @@ def _strings(frame: pd.DataFrame, column: str) -> list[str]:
 
 
 def _conversations(cells: list[Any]) -> list[list[dict[str, Any]]]:
-    """Each cell is a conversation (a list or its JSON). An unwrapped `{"messages": [...]}` arrives as one message a row."""
+    """A cell is a conversation (a list or its JSON); an unwrapped `{"messages": [...]}` comes as one message a row."""
     if cells and all(isinstance(cell, dict) for cell in cells):
         return [cells]
     found = []

@@ -1,4 +1,4 @@
-"""Proof that a package answers elsewhere as the model answered here: a clean process loads it and repeats the examples."""
+"""Proof that a package answers elsewhere as the model did here: a clean process loads it and repeats the examples."""
 
 import json
 import os
@@ -31,12 +31,16 @@ class Verification:
         return asdict(self)
 
 
-def verify_package(package: Path, examples: list[dict[str, Any]], expected: list[str], *, timeout_s: float = 600.0) -> Verification:
-    """Load `package` in a clean process, answer `examples` ({input_string}, {messages} or {text} each) with the package's
-    default settings, and compare with `expected` (texts or labels). Raises `PackageError` with the first difference.
+def verify_package(
+    package: Path, examples: list[dict[str, Any]], expected: list[str], *, timeout_s: float = 600.0
+) -> Verification:
+    """Load `package` in a clean process, answer `examples` ({input_string}, {messages} or {text} each) with its default
+    settings, and compare with `expected` (texts or labels). Raises `PackageError` with the first difference.
     """
     if not examples or len(examples) != len(expected):
-        raise PackageError(f"verification needs as many expected answers as examples, got {len(expected)} and {len(examples)}")
+        raise PackageError(
+            f"verification needs as many expected answers as examples, got {len(expected)} and {len(examples)}"
+        )
     check_manifest(package)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ingot-verify-") as place:
@@ -44,7 +48,10 @@ def verify_package(package: Path, examples: list[dict[str, Any]], expected: list
     answers = [row.get("output_string", row.get("label")) for row in response["rows"]]
     for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True)):
         if answer != wanted:
-            at = next((i for i, (a, b) in enumerate(zip(answer, wanted, strict=False)) if a != b), min(len(answer), len(wanted)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(answer, wanted, strict=False)) if a != b),
+                min(len(answer), len(wanted)),
+            )
             raise PackageError(
                 f"the packaged model answers example {index} differently from character {at} on: expected "
                 f"{wanted[max(0, at - 20) : at + 40]!r}, got {answer[max(0, at - 20) : at + 40]!r}"
@@ -61,7 +68,9 @@ def _run(package: Path, examples: list[dict[str, Any]], place: Path, timeout_s: 
     request, response = place / "request.json", place / "response.json"
     rows = [_columns(example) for example in examples]
     request.write_text(json.dumps({"package": str(package), "examples": rows}), encoding="utf-8")
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MLFLOW_", "HF_", "INGOT_"))}
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MLFLOW_", "HF_", "INGOT_"))
+    }
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(place / "hf"), "TQDM_DISABLE": "1"}
     # -B: the package must stay as its manifest says, without __pycache__ folders.
     command = [sys.executable, "-I", "-B", str(CHILD), str(request), str(response)]
