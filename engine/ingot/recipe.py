@@ -171,6 +171,8 @@ class Train(Section):
     """Write a resumable checkpoint this often. None: whenever the validation loss is measured."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints to keep; the best one is always kept too."""
+    final: Literal["best", "last"] = "best"
+    """Which weights become the model: those with the lowest validation loss, or those of the last step."""
     threads: Positive | None = None
     """CPU threads per rank. None: torch's default under one rank, cores divided by local ranks under several."""
 

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .pooling import CLASSIFIER_FILE, MeanPoolClassifier
+from .pooling import CLASSIFIER_FILE, MeanPoolClassifier, class_probabilities
 
 RUNTIME_FILE = "ingot.json"
 DEFAULT_NEW_TOKENS = 128
@@ -77,7 +77,24 @@ def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
     for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         ids = getattr(owner, "eos_token_id", None)
         found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    found.update(_end_of_turn(tokenizer))
     return frozenset(int(i) for i in found)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special token that the chat template ends an assistant's turn with: often none of the configured ids."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # the template asks for more than plain turns: the configured ids remain
+        return []
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    while ids and not tokenizer.decode([ids[-1]]).strip():
+        ids.pop()
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ids[-1:] if ids and ids[-1] in added | set(tokenizer.all_special_ids) else []
 
 
 def context_limit(model: nn.Module) -> int | None:
@@ -260,12 +277,15 @@ def stream(
 
 
 def plain_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a prompt that the model continues: special tokens once, and no end token behind it."""
-    bos = tokenizer.bos_token
-    ids = list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
-    while ids and ids[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, tokenizer.bos_token_id}:
-        ids.pop()
-    return ids
+    """Ids of a prompt that the model continues, as in training: the tokenizer's own prefix (BOS or nothing) once, nothing
+    behind. Spaces at the end are dropped, because in training the space before an answer is part of the answer."""
+
+    def bare(plain: str) -> list[int]:
+        return list(tokenizer(plain, add_special_tokens=False)["input_ids"])
+
+    probe, dressed, ids = bare("a"), list(tokenizer("a")["input_ids"]), bare(text.rstrip(" "))
+    prefix = dressed[: next((n for n in range(len(dressed)) if dressed[n : n + len(probe)] == probe), 0)]
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -327,10 +347,9 @@ class Runtime:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The prompt of a completion; `prompt_template` of `ingot.json` is filled in as it was in training."""
+        """The prompt of a completion, written into the `prompt_template` of `ingot.json` if that has one."""
         self._require_text()
-        template = self.about.get("prompt_template") or "{prompt}"
-        return plain_prompt_ids(self.tokenizer, template.replace("{prompt}", prompt))
+        return plain_prompt_ids(self.tokenizer, self.about.get("prompt_template", "{prompt}").format(prompt=prompt))
 
     def _require_text(self) -> None:
         if self.task == "text-classification":
@@ -374,26 +393,10 @@ class Runtime:
         """Continue one prompt."""
         return self.generate([self.prompt_ids(prompt)], **params)[0]
 
-    @torch.inference_mode()
     def classify(self, texts: Sequence[str], tokens_per_batch: int = 8192) -> list[tuple[str, dict[str, float]]]:
         """The most likely label of each text, and the probability of every label."""
         if self.task != "text-classification":
             raise InputError("model", "this model writes text: it does not classify")
-        rows = sorted(enumerate(self._class_ids(texts)), key=lambda item: len(item[1]), reverse=True)
-        # Decoders find the last token by comparing with the configured padding id; without one they take single rows.
-        configured = getattr(self.model.config, "pad_token_id", None)  # type: ignore[union-attr]
-        found: dict[int, list[float]] = {}
-        pad_id = _pad_id(self.tokenizer) if configured is None else configured
-        while rows:
-            needs_pad = configured is None and not isinstance(self.model, MeanPoolClassifier)
-            size = 1 if needs_pad else max(1, tokens_per_batch // len(rows[0][1]))
-            batch, rows = rows[:size], rows[size:]
-            for (index, _), probs in zip(batch, self._probabilities([ids for _, ids in batch], pad_id), strict=True):
-                found[index] = probs
-        answers = [dict(zip(self.labels, found[i], strict=True)) for i in range(len(texts))]
-        return [(max(answer, key=answer.__getitem__), answer) for answer in answers]
-
-    def _class_ids(self, texts: Sequence[str]) -> list[list[int]]:
         limits = [n for n in (context_limit(self.model), self.tokenizer.model_max_length) if n is not None]
         cut = self.about.get("max_tokens")  # training cut longer texts there, so the same is done here
         encoded = [list(self.tokenizer(t, truncation=cut is not None, max_length=cut)["input_ids"]) for t in texts]
@@ -402,11 +405,6 @@ class Runtime:
                 raise InputError("text", "the text holds no token")
             if len(ids) > min(limits, default=len(ids)):
                 raise InputError("text", f"{len(ids)} tokens, and the model reaches {min(limits)}")
-        return encoded
-
-    def _probabilities(self, batch: list[list[int]], pad_id: int) -> list[list[float]]:
-        device, longest = next(self.model.parameters()).device, max(map(len, batch))
-        ids_BT = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in batch], device=device)
-        mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch], device=device)
-        output = self.model(input_ids=ids_BT, attention_mask=mask_BT)
-        return torch.softmax((output if isinstance(output, Tensor) else output.logits).float(), -1).tolist()
+        probs = class_probabilities(self.model, encoded, _pad_id(self.tokenizer), tokens_per_batch)
+        answers = [dict(zip(self.labels, row, strict=True)) for row in probs]
+        return [(max(answer, key=answer.__getitem__), answer) for answer in answers]

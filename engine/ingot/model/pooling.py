@@ -1,10 +1,11 @@
-"""A text classifier on the mean of an encoder's last hidden states.
+"""Text classification: a classifier on the mean of an encoder's last hidden states, and class probabilities of any.
 
 Self-contained (torch, safetensors and transformers only): the packager copies this file into the MLflow model.
 """
 
 # B batch, T tokens, D hidden, C classes
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -65,3 +66,30 @@ class MeanPoolClassifier(nn.Module):
         model = cls(backbone, tensors["weight"].shape[0])
         model.classifier.load_state_dict(tensors)
         return model.eval()
+
+
+@torch.inference_mode()
+def class_probabilities(
+    model: nn.Module, rows: Sequence[list[int]], pad_id: int, tokens_per_batch: int
+) -> list[list[float]]:
+    """Token ids of each text -> probabilities [C] of each, in input order.
+
+    Batches hold texts of similar length, at most `tokens_per_batch` tokens counting padding (at least one text).
+    """
+    configured = getattr(model.config, "pad_token_id", None)  # type: ignore[union-attr]
+    # Decoders find the last token by comparing with the configured padding id; without one they take single rows.
+    single = configured is None and not isinstance(model, MeanPoolClassifier)
+    pad_id = pad_id if configured is None else configured
+    device = next(model.parameters()).device
+    waiting = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
+    found: dict[int, list[float]] = {}
+    while waiting:
+        longest = len(rows[waiting[0]])
+        size = 1 if single else max(1, tokens_per_batch // longest)
+        batch, waiting = waiting[:size], waiting[size:]
+        ids_BT = torch.tensor([rows[i] + [pad_id] * (longest - len(rows[i])) for i in batch], device=device)
+        mask_BT = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
+        output = model(input_ids=ids_BT, attention_mask=mask_BT)
+        logits_BC = output if isinstance(output, Tensor) else output.logits
+        found |= dict(zip(batch, torch.softmax(logits_BC.float(), -1).tolist(), strict=True))
+    return [found[index] for index in range(len(rows))]

@@ -1,0 +1,329 @@
+"""The command line: typer verbs over `ingot.verbs`. torch is imported only by the verb that needs it."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ingot.errors import IngotError, RecipeError
+from ingot.progress import Progress
+from ingot.recipe import Recipe
+from ingot.recipe_io import json_schema, load_recipe
+
+# Bars and notices of libraries would break into ours; a user's own setting of these wins.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(
+    name="ingot",
+    help="One recipe from a foundation model and data to a tested, servable model.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that win over the file: optim.lr=1e-4 train.epochs=2", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output; no progress bars.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Resume = Annotated[Path | None, typer.Option("--resume", help="Folder of an interrupted run to continue.", show_default=False)]
+
+
+class Part(str, Enum):
+    """Which rows `inspect` shows."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    summary: Annotated[Path | None, typer.Option(help="Also write what happened as JSON to this file.", show_default=False)] = None,
+    resume: Resume = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The whole path: fine-tune, evaluate base and tuned, package, verify, ask the endpoint one question.
+
+    Examples:
+
+        ingot run recipes/quickstart.yaml
+
+        ingot run recipes/quickstart.yaml train.epochs=2 --summary summary.json
+    """
+
+    def work() -> None:
+        loaded = load_recipe(recipe, overrides or ())
+        if summary is not None and not summary.resolve().parent.is_dir():
+            raise RecipeError("--summary", str(summary), f"the folder {summary.resolve().parent} does not exist")
+        from ingot import verbs
+
+        result = verbs.run(loaded, home=recipe.resolve().parent, resume=resume, progress=Progress(quiet=as_json))
+        if not result:  # not rank 0
+            return
+        if summary is not None:
+            summary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if as_json:
+            print(json.dumps(result, ensure_ascii=False))
+        else:
+            _show_summary(result)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def finetune(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Train only; leaves checkpoints, adapter and merged model in a new run's folder.
+
+    Examples:
+
+        ingot finetune recipes/quickstart.yaml adapter.rank=8
+
+        torchrun --nproc-per-node 2 -m ingot finetune recipes/quickstart.yaml
+
+        ingot finetune recipes/quickstart.yaml --resume runs/quickstart-20261124-101500-1a2b3c
+    """
+
+    def work() -> None:
+        loaded = load_recipe(recipe, overrides or ())
+        from ingot import verbs
+
+        done = verbs.finetune(loaded, home=recipe.resolve().parent, resume=resume, progress=Progress(quiet=as_json))
+        if verbs.read_ranks().main:
+            record = done.record()
+            _result(as_json, {"run": str(done.folder), **record["stages"]["finetune"]}, f"run: {done.folder}\nnext: ingot evaluate {_short(done.folder)}")
+
+    _guarded(work, debug)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A run's folder (base and tuned are measured), or a recipe (its base model is).", show_default=False)],
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure base and tuned model on the same test rows, with intervals and a paired test.
+
+    Examples:
+
+        ingot evaluate runs/quickstart-20261124-101500-1a2b3c
+
+        ingot evaluate recipes/quickstart.yaml evaluate.max_rows=50
+    """
+
+    def work() -> None:
+        progress = Progress(quiet=as_json)
+        if target.is_dir():
+            if overrides:
+                raise RecipeError("overrides", overrides[0], "a run is measured as its recipe says; settings can be changed only when a recipe is given")
+            from ingot import verbs
+
+            base, tuned, comparison = verbs.evaluate(target, progress=progress)
+        else:
+            loaded = load_recipe(target, overrides or ())
+            from ingot import verbs
+
+            base, tuned, comparison = verbs.evaluate_base(loaded, home=target.resolve().parent, progress=progress), None, None
+        result = verbs.scores(base, tuned, comparison)
+        if as_json:
+            print(json.dumps(result, ensure_ascii=False))
+        else:
+            out.print(_score_table(result))
+
+    _guarded(work, debug)
+
+
+@app.command()
+def package(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)], as_json: Json = False, debug: Debug = False
+) -> None:
+    """Write a run's tuned model as an MLflow model, and prove that a clean process gets the same answers from it.
+
+    Example:
+
+        ingot package runs/quickstart-20261124-101500-1a2b3c
+    """
+
+    def work() -> None:
+        from ingot import verbs
+
+        path = verbs.package(folder, progress=Progress(quiet=as_json))
+        _result(as_json, {"package": str(path)}, f"package: {path}\nnext: ingot serve {_short(path)}")
+
+    _guarded(work, debug)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="A package, a run's folder, or a Hugging Face folder.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs INGOT_API_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    debug: Debug = False,
+) -> None:
+    """Serve a model: /v1/chat/completions, /v1/completions, /invocations, /health. Stop with Ctrl-C.
+
+    Examples:
+
+        ingot serve runs/quickstart-20261124-101500-1a2b3c/package
+
+        curl -s localhost:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "Once", "max_tokens": 20}'
+    """
+
+    def work() -> None:
+        from ingot import verbs
+
+        verbs.serve(model, host=host, port=port)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def inspect(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    part: Annotated[Part, typer.Option(help="Which rows.")] = Part.train,
+    rows: Annotated[int, typer.Option(help="How many rows.", min=1)] = 3,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show rows as the model sees them: what is learned in green, what is only read dimmed, every special token.
+
+    Example:
+
+        ingot inspect recipes/quickstart.yaml --rows 5
+    """
+
+    def work() -> None:
+        loaded = load_recipe(recipe, overrides or ())
+        from ingot import verbs
+
+        verbs.inspect(loaded, recipe.resolve().parent, part.value, rows, None if as_json else out)
+
+    _guarded(work, debug)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for editors and forms.
+
+    Example:
+
+        ingot schema > recipe.schema.json
+    """
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def runs(
+    output: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path(Recipe.model_fields["output"].default), as_json: Json = False, debug: Debug = False
+) -> None:
+    """List runs, newest first, with their scores.
+
+    Example:
+
+        ingot runs --json
+    """
+
+    def work() -> None:
+        from ingot.runfolder import list_runs
+
+        found = list_runs(output)
+        if as_json:
+            print(json.dumps(found, ensure_ascii=False))
+            return
+        if not found:
+            raise IngotError(f"no runs in {output.resolve()}; start one with: ingot run recipes/quickstart.yaml")
+        table = Table("run", "created", "status", "stages", "scores (tuned)", box=None, header_style="bold")
+        for record in found:
+            scores = record["metrics"].get("tuned") or {}
+            shown = "  ".join(f"{name} {score['value']:.3f}" for name, score in scores.items())
+            table.add_row(_short(Path(record["folder"])), record["created"][:16].replace("T", " "), record["status"], " ".join(record["stages"]), shown)
+        out.print(table)
+
+    _guarded(work, debug)
+
+
+def main() -> None:
+    """Entry point of `ingot` and `python -m ingot`."""
+    app()
+
+
+def _guarded(work: Callable[[], None], debug: bool) -> None:
+    """Run `work`; an error that the user can mend becomes one message and its exit code, anything else keeps its traceback."""
+    try:
+        work()
+    except IngotError as error:
+        _fail(error, debug)
+    except KeyboardInterrupt:
+        err.print("stopped", style="bold red")
+        raise typer.Exit(130) from None
+
+
+def _fail(error: IngotError, debug: bool) -> NoReturn:
+    if debug:
+        raise error
+    rank = os.environ.get("RANK")
+    prefix = f"error (rank {rank})" if rank not in (None, "0") else "error"
+    err.print(f"[bold red]{prefix}:[/] ", end="")
+    err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _short(path: Path) -> str:
+    """`path` as the user would type it from here."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _result(as_json: bool, values: dict[str, Any], text: str) -> None:
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False))
+    else:
+        out.print(text, highlight=False, soft_wrap=True)
+
+
+def _score_table(result: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in result["columns"]:
+        table.add_column(column, justify="left" if column == result["columns"][0] else "right")
+    for row in result["table"]:
+        table.add_row(*(str(row[column]) for column in result["columns"]))
+    return table
+
+
+def _show_summary(result: dict[str, Any]) -> None:
+    out.print()
+    if "table" in result:
+        out.print(_score_table(result))
+        out.print()
+    if "answer" in result:
+        out.print("[bold]asked over HTTP[/] ", end="")
+        out.print(result["question"], markup=False, highlight=False)
+        out.print("[bold]answered[/]        ", end="")
+        out.print(result["answer"], markup=False, highlight=False)
+        out.print()
+    seconds = "   ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in result["stages"].items())
+    out.print(f"[bold]stages[/]  {seconds}", highlight=False)
+    for name, path in result["paths"].items():
+        out.print(f"[bold]{name:<11}[/]{_short(Path(path))}", highlight=False, soft_wrap=True)
+    if "package" in result["paths"]:
+        out.print(f"\nnext: ingot serve {_short(Path(result['paths']['package']))}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""A trained model -> a complete Hugging Face folder that any engine can load: weights, configuration, tokenizer, template."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ingot.errors import CheckpointError
+
+
+def export_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, facts: dict[str, Any]) -> Path:
+    """Write `model` (already merged) in `dtype` with its tokenizer and `facts` (ingot.json) to `folder`, in one step.
+
+    An older folder of that name is replaced only when the new one is complete. Raises CheckpointError when the disk fails.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        model.to(dtype).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "ingot.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"the model could not be written to {folder} ({getattr(error, 'strerror', None) or error}); its checkpoints are untouched: free some disk, then --resume") from error
+    return folder
+
+
+def probes(rows: Sequence[Any], device: torch.device) -> list[dict[str, Tensor]]:
+    """Single rows (`ids` each) as forward arguments, for comparing a model before and after merging. No padding: ids_1T."""
+    return [
+        {"input_ids": torch.tensor([row.ids], device=device), "attention_mask": torch.ones(1, len(row.ids), dtype=torch.long, device=device)} for row in rows
+    ]

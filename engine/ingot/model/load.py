@@ -1,0 +1,129 @@
+"""A recipe's model section -> tokenizer and model, from safetensors on this disk."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from ingot.errors import ModelError
+from ingot.model.pooling import MeanPoolClassifier
+from ingot.model.source import model_folder
+from ingot.recipe import Model, Task
+
+Tokenizer = PreTrainedTokenizerBase
+CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16); unknown counts as no."""
+    if platform.system() != "Linux":
+        return False
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return any(CPU_BF16_FLAGS & set(line.split()) for line in text.splitlines() if line.startswith(("flags", "Features")))
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`model.dtype` -> float32 or bfloat16 for `device`; an explicit bfloat16 that would crawl is refused.
+
+    auto on a CPU is float32 even where it has bfloat16 units: at the sizes that train on a CPU float32 is as fast and exact.
+    """
+    if name == "float32":
+        return torch.float32
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16
+        slow = f"{torch.cuda.get_device_name(device)} has no bfloat16"
+    else:
+        if name == "bfloat16" and cpu_has_bf16():
+            return torch.bfloat16
+        slow = "this CPU has no bfloat16 units: training would be 7 to 300 times slower and look hung"
+    if name == "auto":
+        return torch.float32
+    raise ModelError("model.dtype", name, f"{slow}; use model.dtype=float32")
+
+
+def load_tokenizer(model: Model, folder: Path) -> Tokenizer:
+    """Return the fast tokenizer of `model.source`, with `model.chat_template` in place of its own if one is named."""
+    path = model_folder(model, folder, weights=False)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=model.trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ModelError("model.source", model.source, "only a slow tokenizer: Ingot needs tokenizer.json (character offsets give the mask)")
+    if model.chat_template is not None:
+        template = folder / model.chat_template
+        if not template.is_file():
+            raise ModelError("model.chat_template", model.chat_template, f"no such file ({template})")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def resolve_pooling(model: Model, folder: Path) -> str:
+    """`model.pooling` auto -> `head` for a folder that holds a trained classifier or a decoder, else `mean`."""
+    if model.pooling != "auto":
+        return model.pooling
+    config = json.loads((model_folder(model, folder, weights=False) / "config.json").read_text(encoding="utf-8"))
+    names = " ".join(config.get("architectures") or [])
+    return "head" if "ForSequenceClassification" in names or "ForCausalLM" in names else "mean"
+
+
+def context_length(model: Model, folder: Path) -> int | None:
+    """Longest sequence that the model's positions reach, as its configuration says; None where it names no limit."""
+    config = json.loads((model_folder(model, folder, weights=False) / "config.json").read_text(encoding="utf-8"))
+    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+
+
+def load_model(model: Model, folder: Path, task: Task, labels: tuple[str, ...] = (), *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """Return the model for `task` on the CPU with weights in `dtype`.
+
+    New weights (a classifier's head, or everything with `model.initialization: random`) are drawn with `seed`.
+    """
+    random = model.initialization == "random"
+    path = model_folder(model, folder, weights=not random)
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    config = AutoConfig.from_pretrained(path, local_files_only=True, **options)
+    if task == "text-classification":
+        return _load_classifier(model, path, folder, config, labels, dtype, random)
+    if random:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True, **options)
+
+
+def _load_classifier(model: Model, path: Path, folder: Path, config: Any, labels: tuple[str, ...], dtype: torch.dtype, random: bool) -> nn.Module:
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "dtype": dtype}
+    kind = AutoModelForSequenceClassification if resolve_pooling(model, folder) == "head" else AutoModel
+    if random:
+        loaded = kind.from_config(config, **options)
+    else:
+        loaded = kind.from_pretrained(
+            path, config=config, local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=kind is not AutoModel, **options
+        )
+    if kind is not AutoModel:
+        return loaded
+    # The pooler of BERT-like encoders is not on the path of mean pooling: left in, it would be a trainable part that never moves.
+    if getattr(loaded, "pooler", None) is not None:
+        loaded.pooler = None
+    return MeanPoolClassifier(loaded, len(labels))
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) numbers of parameters; tied weights count once."""
+    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
+    return sum(n for trainable, n in sizes if trainable), sum(n for _, n in sizes)
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in whatever a model's forward returned, as float32."""
+    return (output if isinstance(output, torch.Tensor) else output.logits).float()

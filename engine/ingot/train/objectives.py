@@ -1,0 +1,60 @@
+"""Objectives: (sharded model, batch, divisor, section) -> loss. Each sums over its targets and divides ONCE by the global count.
+
+B rows, T tokens, K positions kept, V vocabulary, C classes.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ingot.data.loader import IGNORE, Batch
+from ingot.model.load import logits_of
+from ingot.parallel.apply import Sharded
+from ingot.recipe import Objective
+
+Loss = Callable[[Sharded, Batch, int, Objective], Tensor]
+
+
+def next_token(sharded: Sharded, batch: Batch, divisor: int, section: Objective) -> Tensor:
+    """Cross-entropy of the trainable tokens given what stands before them, summed and divided by `divisor`."""
+    device = next(sharded.plain.parameters()).device
+    targets_BT = F.pad(batch.labels_BT[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t+1
+    extra = {}
+    if _keeps_positions(sharded.plain):
+        # Only positions that predict a target in some row go through the head: on chat data that is a third of the work of
+        # small-vocabulary models and most of the memory of large ones. Found on the CPU, where it costs no synchronization.
+        kept_K = (targets_BT != IGNORE).any(0).nonzero().squeeze(1)
+        targets_BT = targets_BT[:, kept_K]
+        extra["logits_to_keep"] = kept_K.to(device)
+    output = sharded.forward(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device), use_cache=False, **extra)
+    logits_BKV = logits_of(output)
+    loss = F.cross_entropy(
+        logits_BKV.flatten(0, 1), targets_BT.flatten().to(device), ignore_index=IGNORE, reduction="sum", label_smoothing=section.label_smoothing
+    )
+    return loss / divisor
+
+
+def label(sharded: Sharded, batch: Batch, divisor: int, section: Objective) -> Tensor:
+    """Cross-entropy of each row's class, summed and divided by `divisor`."""
+    assert batch.class_labels_B is not None
+    device = next(sharded.plain.parameters()).device
+    output = sharded.forward(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device))
+    loss = F.cross_entropy(
+        logits_of(output), batch.class_labels_B.to(device), ignore_index=IGNORE, reduction="sum", label_smoothing=section.label_smoothing
+    )
+    return loss / divisor
+
+
+OBJECTIVES: dict[str, Loss] = {
+    "chat-completion": next_token,
+    "text-generation": next_token,
+    "language-modeling": next_token,
+    "text-classification": label,
+}
+
+
+def _keeps_positions(model: nn.Module) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

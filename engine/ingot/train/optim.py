@@ -1,0 +1,37 @@
+"""AdamW and its learning-rate schedule."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ingot.model.adapters import trainable_tensors
+from ingot.recipe import Optim
+
+
+def make_optimizer(model: nn.Module, section: Optim) -> torch.optim.AdamW:
+    """AdamW over everything trainable; only matrices that are no embeddings are decayed."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    decayed, plain = [], []
+    for _, parameter in trainable_tensors(model):
+        (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
+
+
+def lr_at(step: int, steps: int, section: Optim) -> float:
+    """Learning rate of optimizer step `step` (0-based) of `steps`: linear warm-up, then `section.schedule`."""
+    warmup = round(section.warmup_share * steps)
+    if step < warmup:
+        return section.lr * (step + 1) / (warmup + 1)
+    if section.schedule == "constant":
+        return section.lr
+    progress = (step - warmup) / max(1, steps - warmup)
+    shape = 1.0 - progress if section.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return section.lr * (section.min_lr_share + (1.0 - section.min_lr_share) * shape)
+
+
+def clip(model: nn.Module, limit: float | None) -> Tensor:
+    """Scale gradients to a global L2 norm of at most `limit`; return the norm before."""
+    gradients = [p for _, p in trainable_tensors(model) if p.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(gradients, math.inf if limit is None else limit, foreach=True)

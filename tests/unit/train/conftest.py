@@ -1,0 +1,82 @@
+"""A tiny Llama and random rows: the training core needs no files."""
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ingot.data.template import Encoded
+from ingot.parallel.apply import Sharded, parallelize
+from ingot.ranks import Ranks
+from ingot.recipe import Recipe
+from ingot.recipe_io import parse_recipe
+from ingot.train.loop import Rows
+
+VOCABULARY = 97
+
+
+def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def random_rows(n: int, seed: int = 1) -> list[Encoded]:
+    """Rows of uneven length with a masked prompt of uneven length: what makes means of means go wrong."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(n):
+        length = draw.randint(4, 24)
+        prompt = draw.randint(1, length - 2)
+        ids = [draw.randrange(3, VOCABULARY) for _ in range(length)]
+        rows.append(Encoded(ids, [position >= prompt for position in range(length)], None, f"row:{number}"))
+    return rows
+
+
+@pytest.fixture
+def rows() -> Rows:
+    return Rows(random_rows(60), random_rows(10, seed=2), pad_id=0)
+
+
+@pytest.fixture
+def sharded() -> Sharded:
+    return parallelize(tiny_llama(), Ranks(), recipe().parallel, torch.device("cpu"), torch.float32)
+
+
+def recipe(**sections: dict) -> Recipe:
+    """A recipe for the loop alone; its model and data are never opened."""
+    train = {"max_steps": 20, "tokens_per_step": 120, "tokens_per_microbatch": 64, **sections.pop("train", {})}
+    return parse_recipe(
+        {
+            "name": "loop",
+            "model": {"source": "unused"},
+            "data": {"train": "unused", "max_tokens": 32},
+            "objective": {"task": "language-modeling"},
+            "adapter": {"kind": "none"},
+            "parallel": {"strategy": "none"},
+            "optim": {"lr": 3e-3, "weight_decay": 0.1, **sections.pop("optim", {})},
+            "train": train,
+            **sections,
+        }
+    )
+
+
+@pytest.fixture
+def make_recipe():
+    return recipe
+
+
+@pytest.fixture
+def make_model():
+    return tiny_llama
