@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
-from ingot.errors import FieldError, IngotError
+from ingot.errors import FieldError
 from ingot.recipe import Track
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,16 @@ def choose_params(params: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl, one a step in step order; of a step that was run twice (resume) the later one counts."""
+    """Lines of a metrics.jsonl, one a step, sorted; of a step that was run twice (resume) the later one counts.
+
+    Each is `{"step": int, "time": seconds since 1970, "metrics": {name: float | None}}`. A missing file is an empty
+    list, and a last line that a killed process left half written is left out.
+    """
     merged: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    for line in lines:
+        if not line.endswith("\n"):
+            continue
         point = json.loads(line)
         old = merged.get(point["step"], {"metrics": {}})
         merged[point["step"]] = point | {"metrics": old["metrics"] | point["metrics"]}
@@ -96,7 +103,7 @@ class Tracker:
             return cls(None, None)
         run_folder.mkdir(parents=True, exist_ok=True)
         sink = _MlflowSink.connect(section, run_folder, name, run_id) if section.enabled else None
-        file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
+        file = _open_log(run_folder / "metrics.jsonl")
         tracker = cls(file, sink)
         if sink and run_id is None:
             kept = choose_params(params)
@@ -159,6 +166,15 @@ class Tracker:
         self.finish("finished" if error is None else "killed" if stopped else "failed")
 
 
+def _open_log(path: Path) -> IO[str]:
+    """Open for appending; a half-written last line (the process was killed in it) is cut off first."""
+    if path.is_file():
+        written = path.read_bytes()
+        if not written.endswith(b"\n"):
+            path.write_bytes(written[: written.rfind(b"\n") + 1])
+    return path.open("a", encoding="utf-8")
+
+
 class _MlflowSink:
     """One MLflow run. After the first failed call it says so once and does nothing any more."""
 
@@ -179,6 +195,8 @@ class _MlflowSink:
         # MLflow's own 7 retries with doubling pauses would hold the training loop for four minutes a call.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        for noisy in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         output = run_folder.resolve().parent
         local = f"sqlite:///{output / 'mlflow.db'}"
         uri = section.uri or os.environ.get("MLFLOW_TRACKING_URI") or local
@@ -196,10 +214,8 @@ class _MlflowSink:
                 identity = experiment.experiment_id
             run = client.create_run(identity, run_name=name)
         except Exception as error:  # any transport, database or server: MLflow wraps only some of them
-            shown = redact("", uri)
-            reason = redact("", str(error).splitlines()[0] if str(error) else type(error).__name__)
-            fix = f"the tracking server does not answer ({reason}); mend it or set track.enabled=false"
-            raise FieldError("track.uri", shown, fix) from error
+            fix = f"tracking cannot start there ({_reason(error)}); mend it, or set track.enabled=false"
+            raise FieldError("track.uri", redact("", uri), fix) from error
         return cls(client, uri, run.info.run_id)
 
     def metrics(self, values: Mapping[str, float], step: int, milliseconds: int) -> None:
@@ -246,5 +262,10 @@ class _MlflowSink:
             getattr(self._client, name)(*arguments, **named)
         except Exception as error:  # training must survive whatever a server does
             self._lost = True
-            reason = redact("", str(error).splitlines()[0] if str(error) else type(error).__name__)
-            log.warning("tracking stopped (%s): the run goes on, metrics are in metrics.jsonl", reason)
+            log.warning("tracking stopped (%s): the run goes on, metrics are in metrics.jsonl", _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without credentials, short enough for one line on a terminal."""
+    lines = redact("", str(error)).splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 160 else lines[0][:159] + "…"
