@@ -78,6 +78,7 @@ def _panel(row: Encoded, tokenizer: Tokenizer) -> Panel:
             if number:
                 body.append("↵\n", style="dim" if not segment.trainable else "green")
             body.append(line, style=style)
+    body.rstrip()  # a last line break has no line to begin
     learned = sum(row.trainable)
     title = Text(row.where or "row", style="bold")
     if row.label is None:

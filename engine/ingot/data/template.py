@@ -213,3 +213,25 @@ def _eos(tokenizer: Tokenizer) -> int:
 
 def _ended(ids: list[int], trainable: list[bool], eos: int) -> tuple[list[int], list[bool]]:
     return (ids, trainable) if ids and ids[-1] == eos else ([*ids, eos], [*trainable, True])
+
+
+def prompt_text(example: Example) -> str:
+    """What the model is asked, as text for people: the last user turn, the prompt, or the text."""
+    if isinstance(example, Conversation):
+        asked = [turn.content for turn in example.messages[: example.last_assistant] if turn.role != "assistant"]
+        return asked[-1] if asked else ""
+    return joined(example)[0][: joined(example)[1]] if isinstance(example, PromptCompletion) else example.text
+
+
+def request_of(example: Example) -> dict[str, Any]:
+    """The row as a request to an endpoint: `messages` before the last assistant turn, `input_string`, or `text`.
+
+    A document is asked for the rest of its first eight words.
+    """
+    if isinstance(example, Conversation):
+        return {"messages": [turn.as_dict() for turn in example.messages[: example.last_assistant]]}
+    if isinstance(example, Labeled):
+        return {"text": example.text}
+    if isinstance(example, Document):
+        return {"input_string": " ".join(example.text.split()[:8])}
+    return {"input_string": prompt_text(example)}

@@ -85,11 +85,11 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def first_token(offsets: Sequence[Span], character: int) -> int:
     """Index of the first token that starts at or after `character`: one that spans it belongs to what is before.
 
-    Tokens without characters (a newline that a byte-level tokenizer trimmed from its offsets) are passed over: they
-    may stand on either side.
+    A byte-level tokenizer may trim spaces from its offsets: a token of spaces alone then is the empty span at its own
+    end, so one at `character` stands before it.
     """
     index = bisect_left(offsets, character, key=lambda span: span[0])
-    while index < len(offsets) and offsets[index][0] == offsets[index][1]:
+    while index < len(offsets) and offsets[index][1] == character:
         index += 1
     return index
 
@@ -98,7 +98,7 @@ def first_token(offsets: Sequence[Span], character: int) -> int:
 
 
 def _by_marks(chats: Sequence[Conversation], template: _Template) -> list[Masked | None]:
-    """Masks from the template's own marks; None where transformers' mask runs over the end of a turn."""
+    """Masks from the template's own marks; None where transformers' mask does not follow them."""
     tokenizer = template.tokenizer
     conversations = [[message.as_dict() for message in chat.messages] for chat in chats]
     try:
@@ -117,19 +117,16 @@ def _by_marks(chats: Sequence[Conversation], template: _Template) -> list[Masked
     results: list[Masked | None] = []
     for chat, ids, marks, offsets in zip(chats, *columns, strict=True):
         runs = _runs(marks, offsets)
-        if any(_runs_over(ids[start:end], template) for start, end in runs):
-            # transformers marks everything to the end of the text when the last marked character has no token of its
-            # own (a newline that the tokenizer trims from its offsets): such a mask would teach the user's turns.
-            results.append(None)
-            continue
-        if template.train_on == "last-assistant":
+        n_turns = sum(message.role == "assistant" for message in chat.messages)
+        # Where the first or last marked character has no token of its own (a space trimmed from the offsets),
+        # transformers leaves out this turn and all later ones, or marks all up to the end, the user's turns too.
+        is_broken = len(runs) < n_turns or any(_runs_over(ids[start:end], template) for start, end in runs)
+        if not is_broken and template.train_on == "last-assistant":
             start = first_token(offsets, _last_turn_start(chat, tokenizer))
             runs = [run for run in runs if run[0] >= start]
-        if not runs:
-            fix = (
-                "the marks of the template cover no token of this conversation; put them around the assistant's content"
-            )
-            raise ModelError(_FIELD, "{% generation %}", fix, where=chat.where)
+        if is_broken or not runs:
+            results.append(None)
+            continue
         results.append(_closed(ids, runs, template, chat))
     return results
 
