@@ -103,7 +103,10 @@ def finetune(recipe: Recipe | str | Path, *, home: Path | None = None, resume: P
     _preflight(recipe, home, prepared)
     with process_group(ranks, recipe.parallel, device):
         run = _open_or_create(recipe, home, resume, ranks)
-        tracker = Tracker.start(recipe.track, run.folder, recipe.name, flat_params(recipe), enabled_rank0=ranks.main)
+        before = run.record().get("tracking_run") if ranks.main else None
+        tracker = Tracker.start(recipe.track, run.folder, recipe.name, flat_params(recipe), ranks.main, run_id=before)
+        if ranks.main:
+            run.note(tracking_run=tracker.run_id)
         with tracker, _status(run, ranks):
             started = time.perf_counter()
             model, initial = _build(recipe, home, prepared.splits.labels)
@@ -112,7 +115,6 @@ def finetune(recipe: Recipe | str | Path, *, home: Path | None = None, resume: P
             if ranks.main:
                 facts = _export(sharded.plain, initial, prepared, recipe, run, fitted)
                 run.note_stage("finetune", time.perf_counter() - started, **facts)
-                run.note(tracking_run=tracker.run_id)
                 tracker.artifact(run.folder / "resolved.yaml")
     return run
 
@@ -362,7 +364,7 @@ def _draw(run: Run, base: Evaluation | None, tuned: Evaluation) -> None:
 
 def _track_scores(run: Run, base: Evaluation | None, tuned: Evaluation) -> None:
     """Add scores, picture and evaluation files to the MLflow run that training started."""
-    with Tracker.start(run.recipe.track, run.folder, run.recipe.name, {}, enabled_rank0=True, run_id=run.record().get("tracking_run")) as tracker:
+    with Tracker.start(run.recipe.track, run.folder, run.recipe.name, {}, True, run_id=run.record().get("tracking_run")) as tracker:
         values = {f"tuned/{name}": score.value for name, score in tuned.scores.items()}
         values |= {f"base/{name}": score.value for name, score in base.scores.items()} if base else {}
         tracker.metrics(values, run.record()["stages"]["finetune"]["final_step"])

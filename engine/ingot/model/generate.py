@@ -264,12 +264,11 @@ def stream(
     for _ in _decode(model, [row], end_ids(model, tokenizer), _pad_id(tokenizer), sampling):
         if not row.finish_reason:
             text = row.full_text()
-            safe = len(text.rstrip(UNFINISHED_CHARACTER))
+            text = text.rstrip(UNFINISHED_CHARACTER)
             held = max((n for stop in sampling.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-            safe = min(safe, len(text) - held)
-            if safe > sent:
-                yield text[sent:safe]
-                sent = safe
+            if len(text) - held > sent:
+                yield text[sent : len(text) - held]
+                sent = len(text) - held
     done = row.result(sampling)
     if done.text[sent:]:
         yield done.text[sent:]
@@ -277,8 +276,10 @@ def stream(
 
 
 def plain_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a prompt that the model continues, as in training: the tokenizer's own prefix (BOS or nothing) once, nothing
-    behind. Spaces at the end are dropped, because in training the space before an answer is part of the answer."""
+    """Ids of a prompt that the model continues, as in training: the tokenizer's own prefix (BOS or nothing) once.
+
+    Spaces at the end are dropped, because in training the space before an answer is part of the answer.
+    """
 
     def bare(plain: str) -> list[int]:
         return list(tokenizer(plain, add_special_tokens=False)["input_ids"])
@@ -347,9 +348,9 @@ class Runtime:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The prompt of a completion, written into the `prompt_template` of `ingot.json` if that has one."""
+        """The prompt of a completion."""
         self._require_text()
-        return plain_prompt_ids(self.tokenizer, self.about.get("prompt_template", "{prompt}").format(prompt=prompt))
+        return plain_prompt_ids(self.tokenizer, prompt)
 
     def _require_text(self) -> None:
         if self.task == "text-classification":

@@ -41,6 +41,8 @@ def verify_package(
         raise PackageError(
             f"verification needs as many expected answers as examples, got {len(expected)} and {len(examples)}"
         )
+    if len({tuple(sorted(example)) for example in examples}) != 1:
+        raise PackageError("verification needs examples of one form: all input_string, all messages, or all text")
     check_manifest(package)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ingot-verify-") as place:

@@ -1,0 +1,29 @@
+"""Data sets that this package writes itself, from a seed: the same rows on every machine, in every process.
+
+`tool-calls`: a request in words -> a JSON tool call, split by sentence pattern. `nano-corpus`: short documents that
+`ingot://nano` is pretrained on.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ingot.data.synthetic import corpus, tool_calls
+from ingot.errors import DataError
+from ingot.registry import nearest
+
+_SETS = {"tool-calls": (tool_calls.SIZES, tool_calls.rows), "nano-corpus": (corpus.SIZES, corpus.rows)}
+DEFAULT_SPLIT = "train"
+
+
+def generate(name: str, split: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of data set `name`; `split` None means train.
+
+    Raises `DataError` for a name or a split that does not exist.
+    """
+    if name not in _SETS:
+        raise DataError("data.train.uri", f"ingot://{name}", nearest(name, _SETS))
+    sizes, rows = _SETS[name]
+    split = split or DEFAULT_SPLIT
+    if split not in sizes:
+        raise DataError("data.train.split", split, nearest(split, sizes))
+    return rows(split)

@@ -1,0 +1,137 @@
+"""A model on the test rows -> an `Evaluation`: generate, classify or score, then hand over to the metrics.
+
+B rows, T tokens, V vocabulary, C classes.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ingot.data.conversation import Example
+from ingot.data.loader import IGNORE, collate, microbatches
+from ingot.data.template import Encoded, encode_all, prompt_ids, prompt_text, reference_text
+from ingot.errors import DataError, RecipeError
+from ingot.evaluate.runner import (
+    Evaluation,
+    Item,
+    evaluate_classification,
+    evaluate_generation,
+    evaluate_language_modeling,
+    merge_items,
+)
+from ingot.model.generate import context_limit, generate
+from ingot.model.load import Tokenizer, logits_of
+from ingot.recipe import Recipe
+
+Tick = Callable[[int], None]
+
+
+def choose(examples: Sequence[Example], recipe: Recipe) -> list[Example]:
+    """All test rows, or `evaluate.max_rows` of them drawn with `data.split_seed` (in their own order)."""
+    limit = recipe.evaluate.max_rows
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    return [examples[i] for i in sorted(random.Random(recipe.data.split_seed).sample(range(len(examples)), limit))]
+
+
+def make_items(examples: Sequence[Example], tokenizer: Tokenizer, recipe: Recipe, context: int | None) -> list[Item]:
+    """Test rows -> what is asked and what should come back. A prompt that leaves no room for the answer is a DataError."""
+    generating = recipe.objective.task in ("chat-completion", "text-generation")
+    items = []
+    for example in examples:
+        ids = prompt_ids(example, tokenizer, recipe.data, recipe.objective) if generating else None
+        room = (context or 1 << 60) - recipe.evaluate.max_new_tokens
+        if ids is not None and len(ids) > room:
+            raise DataError(
+                "evaluate.max_new_tokens",
+                recipe.evaluate.max_new_tokens,
+                f"the prompt has {len(ids)} tokens and the model's context {context}; lower it, or shorten the row",
+                where=example.where,
+            )
+        items.append(Item(example.where, prompt_text(example), ids, [reference_text(example)], example.where))
+    return merge_items(items) if recipe.evaluate.merge_references else items
+
+
+@torch.no_grad()
+def measure(
+    name: str,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    labels: tuple[str, ...],
+    recipe: Recipe,
+    tick: Tick = lambda n: None,
+) -> Evaluation:
+    """Measure `model` on `examples` (all of them: see `choose`); `tick(n)` is called as rows are finished."""
+    model.eval()
+    task = recipe.objective.task
+    items = make_items(examples, tokenizer, recipe, context_limit(model))
+    if task == "text-classification":
+        probabilities = _class_probabilities(model, tokenizer, examples, labels, recipe, tick)
+        chosen = [labels[max(range(len(row)), key=row.__getitem__)] for row in probabilities]
+        return evaluate_classification(name, items, chosen, recipe.evaluate, labels, probabilities=probabilities)
+    if task == "language-modeling":
+        sums, counts = _row_losses(model, tokenizer, examples, recipe, tick)
+        return evaluate_language_modeling(name, items, sums, counts, recipe.evaluate)
+    answers = generate(
+        model,
+        tokenizer,
+        [item.prompt_ids or [] for item in items],
+        max_new_tokens=recipe.evaluate.max_new_tokens,
+        tokens_per_batch=recipe.evaluate.tokens_per_batch,
+        progress=tick,
+    )
+    return evaluate_generation(name, items, [answer.text for answer in answers], recipe.evaluate, task)
+
+
+def _encoded(tokenizer: Tokenizer, examples: Sequence[Example], labels: tuple[str, ...], recipe: Recipe) -> list[Encoded]:
+    rows, dropped = encode_all(examples, tokenizer, recipe.data, recipe.objective, labels)
+    if len(rows) != len(examples):
+        raise RecipeError("data.max_tokens", recipe.data.max_tokens, f"{len(examples) - len(rows)} test rows do not fit ({dropped.as_dict()}); raise it")
+    return rows
+
+
+def _batches(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
+    lengths = [len(row.ids) for row in rows]
+    return microbatches(range(len(rows)), lengths, 0, 1, max(tokens, max(lengths)))
+
+
+def _pad_id(tokenizer: Tokenizer) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+
+def _class_probabilities(
+    model: nn.Module, tokenizer: Tokenizer, examples: Sequence[Example], labels: tuple[str, ...], recipe: Recipe, tick: Tick
+) -> list[list[float]]:
+    rows = _encoded(tokenizer, examples, labels, recipe)
+    device = next(model.parameters()).device
+    found: list[list[float]] = [[] for _ in rows]
+    for part in _batches(rows, recipe.evaluate.tokens_per_batch):
+        batch = collate([rows[i] for i in part], _pad_id(tokenizer))
+        logits_BC = logits_of(model(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device)))
+        for index, row in zip(part, logits_BC.softmax(-1).tolist(), strict=True):
+            found[index] = row
+        tick(len(part))
+    return found
+
+
+def _row_losses(
+    model: nn.Module, tokenizer: Tokenizer, examples: Sequence[Example], recipe: Recipe, tick: Tick
+) -> tuple[list[float], list[int]]:
+    """Summed negative log-likelihood in nats, and number of predicted tokens, of each row."""
+    rows = _encoded(tokenizer, examples, (), recipe)
+    device = next(model.parameters()).device
+    sums, counts = [0.0] * len(rows), [0] * len(rows)
+    for part in _batches(rows, recipe.evaluate.tokens_per_batch):
+        batch = collate([rows[i] for i in part], _pad_id(tokenizer))
+        logits_BTV = logits_of(model(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device), use_cache=False))
+        targets_BT = F.pad(batch.labels_BT[:, 1:], (0, 1), value=IGNORE).to(device)
+        nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORE, reduction="none")
+        for place, index in enumerate(part):
+            sums[index] = nll_BT[place].sum().item()
+            counts[index] = int((targets_BT[place] != IGNORE).sum())
+        tick(len(part))
+    return sums, counts
