@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def _link_tree(source: Path, target: Path) -> None:
 def _write_code(folder: Path) -> str:
     """Copy the runtime and return the name of the module that MLflow loads."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in RUNTIME_SOURCES}
+    texts = {name: text.replace("from ingot.model.", "from .") for name, text in texts.items()}
     digest = hashlib.sha256(_json(texts).encode()).hexdigest()[:12]
     package = folder / f"ingot_runtime_{digest}"
     package.mkdir(parents=True)
@@ -163,6 +165,17 @@ def _write_environment(folder: Path) -> None:
     (folder / "python_env.yaml").write_text(yaml.safe_dump(python, sort_keys=False), encoding="utf-8")
 
 
+def _mlflow_pyfunc() -> Any:
+    # MLflow warns about its own type hints while it is imported: nothing that the person packaging a model can mend.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import mlflow.pyfunc
+        except ModuleNotFoundError as error:
+            raise MissingPackage("mlflow", "packaging a model") from error
+    return mlflow.pyfunc
+
+
 def _signature(task: str) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
@@ -186,11 +199,9 @@ def _signature(task: str) -> Any:
 
 
 def _write_mlmodel(folder: Path, loader: str, task: str, example: dict[str, str], metadata: dict[str, Any]) -> None:
-    try:
-        import mlflow.pyfunc
-        from mlflow.models import Model
-    except ModuleNotFoundError as error:
-        raise MissingPackage("mlflow", "packaging a model") from error
+    pyfunc = _mlflow_pyfunc()
+    from mlflow.models import Model
+
     split = {"columns": list(example), "data": [list(example.values())]}
     (folder / "input_example.json").write_text(_json(split), encoding="utf-8")
     (folder / "serving_input_example.json").write_text(_json({"dataframe_split": split}), encoding="utf-8")
@@ -206,7 +217,7 @@ def _write_mlmodel(folder: Path, loader: str, task: str, example: dict[str, str]
         metadata=metadata,
         model_size_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
-    mlflow.pyfunc.add_to_model(
+    pyfunc.add_to_model(
         model,
         loader_module=loader,
         data="model",

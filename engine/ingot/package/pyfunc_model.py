@@ -1,8 +1,8 @@
 """MLflow's door to a packaged model: `mlflow.pyfunc.load_model` and `mlflow models serve` come in here.
 
-Copied into the package beside `generate.py` and `pooling.py`; imports nothing of Ingot's. Input columns are strings:
-`input_string` (or `messages`, a JSON list, for chat models) or `text`. Output columns are `output_string`, or `label`
-and `probability`.
+Copied into the package beside `generate.py` and `pooling.py`, with its one import of Ingot made relative. Input columns
+are strings: `input_string` (or `messages`, a JSON list, for chat models) or `text`. Output columns are `output_string`,
+or `label` and `probability`.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from .generate import InputError, Runtime
+from ingot.model.generate import InputError, Runtime
 
 # Sampling parameters as clients name them -> as the runtime does. The signature declares exactly these.
 PARAMS = {

@@ -244,7 +244,9 @@ def test_a_stream_holds_back_what_may_become_a_stop(endless: Any, monkeypatch: p
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("prompt", ["name: Paris", "ends with a space ", "<s>has its own", "breaks\n"])
-def test_plain_prompts_are_encoded_as_in_training(make_tokenizer: Callable[..., Any], adds_bos: bool, prompt: str) -> None:
+def test_plain_prompts_are_encoded_as_in_training(
+    make_tokenizer: Callable[..., Any], adds_bos: bool, prompt: str
+) -> None:
     tokenizer = make_tokenizer(None, adds_bos=adds_bos)
     objective = Objective(task="text-generation")
     trained = prompt_ids(PromptCompletion(prompt, "x"), tokenizer, Data(train="rows.jsonl"), objective)
@@ -252,7 +254,9 @@ def test_plain_prompts_are_encoded_as_in_training(make_tokenizer: Callable[..., 
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_chats_are_encoded_as_in_training(chat_folder: Path, make_tokenizer: Callable[..., Any], adds_bos: bool) -> None:
+def test_chats_are_encoded_as_in_training(
+    chat_folder: Path, make_tokenizer: Callable[..., Any], adds_bos: bool
+) -> None:
     make_tokenizer(adds_bos=adds_bos).save_pretrained(chat_folder)
     runtime = Runtime.load(chat_folder)
     turns = (Message("system", "Be brief."), Message("user", "Hello!"), Message("assistant", "x"))
