@@ -267,7 +267,7 @@ TEST: dict[str, tuple[str, ...]] = {
         "compose a limerick about {thing}.",
         "would you recommend a novel about {thing}?",
         "I wonder who invented {thing}.",
-        "entertain me with a riddle, please.",
+        "entertain me with a riddle about {thing}.",
         "kindly describe the history of {city}.",
         "does {person} like {thing}?",
     ),

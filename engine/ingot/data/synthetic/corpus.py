@@ -1,0 +1,202 @@
+"""`nano-corpus`: short documents that teach a very small model to copy, to read dates and sums, to write JSON and what words mean.
+
+Left out on purpose: the tools and the answer format of `tool-calls`, and every sentence that matches one of its test
+patterns. Dialogues are written in the chat format of `ingot://nano`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+from ingot.data.synthetic.patterns import TEST
+from ingot.data.synthetic.situations import CLOSERS, OPENERS, PROSE, SAME_WORDS, SITUATIONS, STATEMENTS, Situation
+from ingot.data.synthetic.values import (
+    CITIES,
+    CODES,
+    CURRENCIES,
+    amount,
+    choose,
+    clock,
+    date,
+    fill,
+    invented,
+    money,
+    order,
+    person,
+)
+
+SIZES = {"train": 110_000, "validation": 1_000}
+SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+ODD = 0.2  # share of invented names
+
+
+def skeleton(pattern: str) -> str:
+    """`pattern` with all slots alike, in lower case and without punctuation: what two sentences of one pattern share."""
+    return " ".join(re.sub(r"[^a-z_ ]", "", re.sub(r"\{\w+\}", "_", pattern).lower()).split())
+
+
+HELD_OUT = frozenset(skeleton(pattern) for patterns in TEST.values() for pattern in patterns)
+
+
+def rows(split: str) -> Iterator[dict[str, Any]]:
+    """Documents of `split` as {"text": ...}."""
+    rng = Random(f"nano-corpus {split} 1")
+    makers, weights = zip(*MIX, strict=True)
+    for _ in range(SIZES[split]):
+        yield {"text": rng.choices(makers, weights)[0](rng)}
+
+
+def chat(*turns: str) -> str:
+    """Turns of user and assistant in turn, in the chat format of `ingot://nano` (without the opening token)."""
+    return "".join(f"{(USER, ASSISTANT)[number % 2]}{turn}{END}" for number, turn in enumerate(turns))
+
+
+def request(rng: Random, situation: Situation) -> tuple[str, dict[str, object]]:
+    """A request of `situation` in words, and its values."""
+    while True:
+        if rng.random() < 0.65:
+            opener = rng.choice(OPENERS)
+            end = "?" if opener.startswith(("can", "could", "would")) else "."
+            pattern = opener + rng.choice(situation.orders) + rng.choice(CLOSERS) + end
+        else:
+            pattern = rng.choice(situation.sentences)
+        pattern = choose(rng, pattern)
+        if skeleton(pattern) not in HELD_OUT:
+            return fill(rng, pattern, ODD)
+
+
+# --- kinds of documents ------------------------------------------------------------------------------------------
+
+
+def _asked_record(rng: Random) -> str:
+    """A request and the names of fields -> a JSON record of these fields."""
+    situation = rng.choice(SITUATIONS[:-1])
+    text, values = request(rng, situation)
+    names = list(situation.fields)
+    if rng.random() < 0.4:
+        rng.shuffle(names)
+        names = names[: rng.randint(1, len(names))]
+    record = {name: values[situation.fields[name]] for name in names}
+    return chat(f"{text} {rng.choice(('Fields', 'Record', 'JSON'))}: {', '.join(names)}", json.dumps(record, ensure_ascii=False))
+
+
+def _summary(rng: Random) -> str:
+    """A request -> its topic and values as a note of `name: value` lines in one."""
+    situation = rng.choice(SITUATIONS)
+    text, values = request(rng, situation)
+    parts = [situation.topic, *(f"{name} {values[kind]}" for name, kind in situation.fields.items())]
+    return chat(f"{text} {rng.choice(('Sum it up.', 'In short?', 'Short form.'))}", "; ".join(parts))
+
+
+def _topic(rng: Random) -> str:
+    situation = rng.choice(SITUATIONS)
+    text, _ = request(rng, situation)
+    return chat(f"{text} {rng.choice(('What is it about?', 'Topic?', 'Which business is it?'))}", situation.topic)
+
+
+def _rewording(rng: Random) -> str:
+    """One request said twice, with the same values."""
+    situation = rng.choice(SITUATIONS[:-1])
+    first, second = (choose(rng, rng.choice(situation.orders)) for _ in range(2))
+    seed = rng.random()
+    said, again = (fill(Random(seed), pattern, ODD) for pattern in (first, second))
+    if said[1] != again[1] or {skeleton(first), skeleton(second)} & HELD_OUT:
+        return _summary(rng)
+    return chat(f"{rng.choice(('Say it in other words', 'Another way to say it', 'Reword'))}: {said[0]}.", f"{again[0]}.")
+
+
+def _questions(rng: Random) -> str:
+    """A statement and one or two questions about it, as a chat or as a record."""
+    pattern, questions = rng.choice(STATEMENTS)
+    text, values = fill(rng, choose(rng, pattern), ODD)
+    picked = rng.sample(questions, rng.randint(1, 2))
+    turns: list[str] = []
+    for question, kind in picked:
+        asked = choose(rng, question).replace("{person}", str(values.get("person")))
+        turns += [asked[:1].upper() + asked[1:], str(values[kind])]
+    return chat(f"{text} {turns[0]}", *turns[1:])
+
+
+def _statement_record(rng: Random) -> str:
+    text, values = fill(rng, choose(rng, rng.choice(STATEMENTS)[0]), ODD)
+    return chat(f"{text} As JSON.", json.dumps(values, ensure_ascii=False))
+
+
+def _conversion(rng: Random) -> str:
+    """A date, a time, a number or a sum: as people write it -> as a record holds it."""
+    kind = rng.choice(("date", "date", "time", "number", "money", "money"))
+    if kind == "date":
+        said, held = date(rng)
+    elif kind == "time":
+        said, held = clock(rng)
+    elif kind == "number":
+        said, number = amount(rng)
+        held = json.dumps(number)
+    else:
+        said, value, code = money(rng)
+        held = f"{json.dumps(value)} {code}"
+    if rng.random() < 0.5:
+        return f"{said} is {held}.{END}"
+    return chat(f"{rng.choice(('Write for a record', 'Short', 'Standard form'))}: {said}", held)
+
+
+def _currency(rng: Random) -> str:
+    code = rng.choice(CODES)
+    word, sign = CURRENCIES[code]
+    return rng.choice((f"The code of {word} is {code}, the sign is {sign.strip()}.{END}", chat(f"Which code do {word} have?", code)))
+
+
+def _meaning(rng: Random) -> str:
+    one, two = rng.sample(rng.choice(SAME_WORDS), 2)
+    return rng.choice((
+        f"To say {one} is to say {two}.{END}",
+        f"{one.capitalize()} means {two}.{END}",
+        chat(f"What does {one} mean?", two),
+        chat(f"Another word for {one}?", two),
+    ))  # fmt: skip
+
+
+def _kind_of_word(rng: Random) -> str:
+    """A name, number or place -> what it is."""
+    thing, kind = rng.choice((
+        (person(rng), "a person"), (rng.choice(CITIES), "a city"), (date(rng)[0], "a date"), (order(rng), "an order number"),
+    ))  # fmt: skip
+    return rng.choice((f"{thing} is {kind}.{END}", chat(f"What is {thing}?", kind)))
+
+
+def _copy(rng: Random) -> str:
+    words = [rng.choice((invented(rng, rng.randint(1, 4)), str(rng.randint(0, 99999)), person(rng), order(rng))) for _ in range(rng.randint(1, 4))]
+    return chat(f"Repeat: {' '.join(words)}", " ".join(words))
+
+
+def _prose(rng: Random) -> str:
+    return f"{fill(rng, choose(rng, rng.choice(PROSE)), ODD)[0]}{END}"
+
+
+def _json_document(rng: Random) -> str:
+    values = fill(rng, rng.choice(("{person} {city} {date}", "{company} {money}", "{order} {city} {amount}", "{task} {time} {person}")), ODD)[1]
+    if rng.random() < 0.3:
+        values = {"id": rng.randint(1, 999), "data": values}
+    if rng.random() < 0.2:
+        values["open"] = rng.choice((True, False, None))
+    return f"{json.dumps(values, ensure_ascii=False)}{END}"
+
+
+MIX: tuple[tuple[Callable[[Random], str], float], ...] = (
+    (_asked_record, 26),
+    (_summary, 22),
+    (_topic, 9),
+    (_rewording, 4),
+    (_questions, 9),
+    (_statement_record, 6),
+    (_conversion, 8),
+    (_currency, 1),
+    (_meaning, 4),
+    (_kind_of_word, 2),
+    (_copy, 4),
+    (_prose, 3),
+    (_json_document, 3),
+)
+"""Kind of document -> share in percent."""
