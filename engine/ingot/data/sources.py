@@ -347,17 +347,17 @@ def _saved_dataset(target: Path, source: Source, field: str) -> Iterator[Row]:
 def _hub(source: Source, field: str) -> Iterator[Row]:
     datasets = _datasets()
     name = source.uri.removeprefix(HUB)
-    offline = not _reachable(datasets.config.HF_ENDPOINT)
-    try:
-        # Without a network the library retries for minutes; with local_files_only it looks into its cache and stops.
-        download = datasets.DownloadConfig(local_files_only=offline, max_retries=1)
-        loaded = datasets.load_dataset(name, source.config, download_config=download)
-    except Exception as error:  # the library lets errors of half a dozen packages through
-        reason = "the hub cannot be reached and there is no cached copy" if offline else _first_line(error)
+    fallback = "run datasets.save_to_disk where there is a network and give that folder"
+    # Asked first, because the library retries for half a minute before it gives up.
+    if not datasets.config.HF_HUB_OFFLINE and not _reachable(datasets.config.HF_ENDPOINT):
         fix = (
-            f"data set {name!r} cannot be loaded: {reason}; check the id and config, or run datasets.save_to_disk "
-            "where there is a network and give that folder"
+            f"data set {name!r} cannot be loaded: the hub cannot be reached; set HF_HUB_OFFLINE=1 to use a cached copy"
         )
+        raise DataError(f"{field}.uri", source.uri, f"{fix}, or {fallback}")
+    try:
+        loaded = datasets.load_dataset(name, source.config)
+    except Exception as error:  # the library lets errors of half a dozen packages through
+        fix = f"data set {name!r} cannot be loaded: {_first_line(error)}; check the id and config, or {fallback}"
         raise DataError(f"{field}.uri", source.uri, fix) from error
     yield from _split_rows(loaded, source, field, name)
 
@@ -368,8 +368,6 @@ def _first_line(error: Exception) -> str:
 
 def _reachable(endpoint: str) -> bool:
     """Whether a connection to `endpoint` (or to the proxy that the environment names for it) opens within seconds."""
-    if os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("HF_DATASETS_OFFLINE") == "1":
-        return False
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
     url = urlparse(proxy or endpoint)
     try:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -85,8 +86,6 @@ def test_tool_calls_and_tools(arguments):
     ],
 )
 def test_conversations_that_cannot_be_used(messages, why):
-    import re
-
     assert re.search(why, reason({"messages": messages}, CHAT))
 
 
@@ -151,6 +150,7 @@ def test_labels_that_cannot_be_used(label):
 def test_documents():
     assert read({"body": "hi"}, LANGUAGE, columns={"text": "body"}) == Document("hi")
     assert "empty" in reason({"text": "\n"}, LANGUAGE)
+    assert "Unicode" in reason({"text": "half a pair: \ud83d"}, LANGUAGE)
 
 
 def test_required_columns_follow_the_task_and_the_mapping():

@@ -213,19 +213,31 @@ def test_saved_datasets(tmp_path):
         rows_of(tmp_path, "two", split="tset")
 
 
-@pytest.mark.parametrize("offline", ["1", "0"])
-def test_a_hub_data_set_without_a_network_fails_at_once(tmp_path, monkeypatch, offline):
+@pytest.mark.parametrize(("is_offline", "reason"), [(True, "OfflineModeIsEnabled"), (False, "hub cannot be reached")])
+def test_a_hub_data_set_without_a_network_fails_at_once(tmp_path, monkeypatch, is_offline, reason):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "https://hub.invalid")
     monkeypatch.delenv("HTTPS_PROXY", raising=False)
     monkeypatch.delenv("https_proxy", raising=False)
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "https://hub.invalid")
+    if not is_offline:
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("would retry for half a minute"))
     start = time.monotonic()
-    with pytest.raises(DataError, match="hub cannot be reached") as caught:
+    with pytest.raises(DataError, match=reason) as caught:
         rows_of(tmp_path, "hf://datasets/some/set")
     assert time.monotonic() - start < 10
     assert "'some/set'" in str(caught.value)
     assert "save_to_disk" in str(caught.value)
+
+
+def test_a_hub_data_set_is_read_by_config_and_split(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+    rows = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"text": "a"}])})
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or rows)
+    assert rows_of(tmp_path, "hf://datasets/some/set", config="c") == [Row({"text": "a"}, "some/set/test#0")]
+    assert asked == [("some/set", "c")]
 
 
 def test_generated_sets_come_from_the_generator(tmp_path, monkeypatch):

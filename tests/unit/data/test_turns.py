@@ -1,4 +1,8 @@
+import json
+import re
+
 import pytest
+from transformers import AutoTokenizer
 
 from ingot.data.conversation import Conversation, Message
 from ingot.data.template import encode, encode_all, prompt_ids
@@ -26,6 +30,7 @@ CHATS = {
     "rare characters": chat(("user", "é 😀"), ("assistant", "été 😀😀"), ("user", "日本"), ("assistant", "語😀")),
     "blanks around": chat(("user", " a "), ("assistant", "\n\n b \n"), ("user", "c"), ("assistant", "  d")),
     "spaces around": chat(("user", " a "), ("assistant", " b "), ("user", "c "), ("assistant", "  d  "), ("user", "e")),
+    "space at the end": chat(("user", "a"), ("assistant", "b "), ("user", "c")),
     "role words": chat(
         ("user", "assistant\nassistant"), ("assistant", "user\nassistant\n"), ("user", "x"), ("assistant", "y")
     ),
@@ -54,8 +59,6 @@ def turns_of(row, tokenizer) -> list[str]:
 
 
 def content(message: Message) -> str:
-    import json
-
     return message.content + "".join(json.dumps(call["function"]) for call in message.tool_calls)
 
 
@@ -80,8 +83,10 @@ def test_marks_and_prefixes_give_the_same_mask(name, objective, trim_offsets, ma
     assert marked == plain
 
 
-def test_special_tokens_are_encoded_once(make_tokenizer):
-    tokenizer = make_tokenizer(adds_bos=True)  # the template writes a BOS, and so would the tokenizer
+@pytest.mark.parametrize("kind", ["marked", "plain"])
+def test_special_tokens_are_encoded_once(kind, make_tokenizer, marked_template, plain_template):
+    template = marked_template if kind == "marked" else plain_template
+    tokenizer = make_tokenizer(template, adds_bos=True)  # the template writes a BOS, and so would the tokenizer
     for row in (
         encode(CHATS["system"], tokenizer, DATA, ALL, ()).ids,
         prompt_ids(CHATS["system"], tokenizer, DATA, ALL),
@@ -107,7 +112,7 @@ def test_the_prompt_is_what_stands_before_the_last_answer(name, tiny_tokenizer):
     ids=["marks end before the stop token", "marks end after it", "a line break between"],
 )
 @pytest.mark.parametrize("trim_offsets", [False, True])
-@pytest.mark.parametrize("name", ["many turns", "rare characters", "spaces around"])
+@pytest.mark.parametrize("name", ["many turns", "rare characters", "spaces around", "space at the end"])
 def test_marks_that_miss_the_stop_token_are_made_to_end_with_it(inside, outside, trim_offsets, name, make_tokenizer):
     template = (
         "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -120,6 +125,16 @@ def test_marks_that_miss_the_stop_token_are_made_to_end_with_it(inside, outside,
     gap = "\n" if inside.endswith("}}\n") and "im_end" in outside else ""
     wanted = [f"{message.content}{gap}<|im_end|>" for message in CHATS[name].messages if message.role == "assistant"]
     assert turns_of(encode(CHATS[name], tokenizer, DATA, ALL, ()), tokenizer) == wanted
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_a_space_that_ends_the_prompt_is_not_learned(trim_offsets, make_tokenizer):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    tokenizer = make_tokenizer(
+        template + "{% if add_generation_prompt %}assistant: {% endif %}", trim_offsets=trim_offsets
+    )
+    row = encode(chat(("user", "a"), ("assistant", "😀")), tokenizer, DATA, ALL, ())
+    assert turns_of(row, tokenizer) == ["😀</s>"]
 
 
 def test_no_template(make_tokenizer):
@@ -206,3 +221,17 @@ def test_batches_give_what_single_rows_give(tiny_tokenizer):
     rows = list(CHATS.values()) * 3
     kept, _ = encode_all(rows, tiny_tokenizer, DATA, ALL, ())
     assert kept == [encode(row, tiny_tokenizer, DATA, ALL, ()) for row in rows]
+
+
+@pytest.mark.parametrize("name", sorted(set(CHATS) - {"tools"}))  # its template has no tool turns
+@pytest.mark.parametrize("objective", [ALL, LAST])
+def test_the_embedded_model_marks_what_prefixes_prove(name, objective, repo_root):
+    nano = AutoTokenizer.from_pretrained(repo_root / "engine" / "ingot" / "catalog" / "nano")
+    marked = encode(CHATS[name], nano, DATA, objective, ())
+    stop = nano.decode(marked.ids[max(index for index, on in enumerate(marked.trainable) if on)])
+    assert all(turn.count(stop) == 1 and turn.endswith(stop) for turn in turns_of(marked, nano))
+    n_answers = sum(message.role == "assistant" for message in CHATS[name].messages)
+    assert len(turns_of(marked, nano)) == (n_answers if objective == ALL else 1)
+    nano.chat_template, n_marks = re.subn(r"{%-?\s*(end)?generation\s*-?%}", "{{- '' -}}", nano.chat_template)
+    assert n_marks == 2
+    assert encode(CHATS[name], nano, DATA, objective, ()) == marked
