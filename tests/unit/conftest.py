@@ -74,8 +74,9 @@ def head_folder(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Path:
 def mean_folder(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Path:
     """An encoder under the mean-pooling classifier over three labels."""
     import torch
-    from ingot.model.pooling import MeanPoolClassifier
     from transformers import BertConfig, BertModel
+
+    from ingot.model.pooling import MeanPoolClassifier
 
     tokenizer = make_tokenizer(None)
     torch.manual_seed(0)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
+
 from ingot.data.conversation import Conversation, Message, PromptCompletion
 from ingot.data.template import prompt_ids
 from ingot.model.generate import (
@@ -25,7 +27,6 @@ from ingot.model.generate import (
     stream,
 )
 from ingot.recipe import Data, Objective
-from transformers import GenerationConfig
 
 WORDS = ["Hello!", "The quick brown fox jumps over the lazy dog.", "What is", "I would like to book a table for two."]
 NO_END = 10**6  # an id outside the vocabulary: nothing ends early

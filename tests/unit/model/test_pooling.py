@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from ingot.model.pooling import CLASSIFIER_FILE, MeanPoolClassifier, class_probabilities
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
+
+from ingot.model.pooling import CLASSIFIER_FILE, MeanPoolClassifier, class_probabilities
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,

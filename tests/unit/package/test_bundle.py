@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from ingot.errors import PackageError
 from ingot.package import bundle
 from ingot.package.bundle import check_manifest, package_model

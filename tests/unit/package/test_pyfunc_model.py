@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+
 from ingot.model.generate import InputError, Runtime
 from ingot.package.pyfunc_model import PackagedModel, _load_pyfunc
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ingot.errors import PackageError
 from ingot.model.generate import Runtime
 from ingot.package import bundle, verify
@@ -74,7 +75,7 @@ def test_environment_variables_do_not_help_the_package(package: Path, monkeypatc
 
 def test_a_package_that_hangs_is_ended(package: Path) -> None:
     _with_line(package, "import time\ntime.sleep(600)")
-    with pytest.raises(PackageError, match="no answer within 0.5 s"):
+    with pytest.raises(PackageError, match=r"no answer within 0\.5 s"):
         verify_package(package, EXAMPLES, ["", ""], timeout_s=0.5)
 
 

@@ -1,0 +1,115 @@
+"""Finding the model, taking the address, one question over HTTP, and stopping."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ingot.errors import ServeError
+from ingot.model.generate import Runtime
+from ingot.serve.server import Endpoint, find_model_folder, serve
+
+
+def test_a_package_a_run_and_a_plain_folder_are_found(tmp_path: Path) -> None:
+    def place(name: str) -> Path:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        return tmp_path / name
+
+    assert find_model_folder(place("plain")) == tmp_path / "plain"
+    package = place("package/model")
+    assert find_model_folder(tmp_path / "package") == package
+    merged = place("run/model")
+    assert find_model_folder(tmp_path / "run") == merged
+    verified = place("run/package/model")
+    assert find_model_folder(tmp_path / "run") == verified
+
+
+def test_a_wrong_folder_says_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match="no such folder"):
+        find_model_folder(tmp_path / "nothing")
+    with pytest.raises(ServeError, match=r"no config\.json"):
+        serve(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ServeError, match="does not load"):
+        serve(tmp_path)
+
+
+def test_a_taken_port_names_field_port_and_fix(text_folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=rf"serve\.port = {port}: another program .* or use 0"):
+            Endpoint(text_folder, port=port).__enter__()
+
+
+def test_others_may_come_in_only_with_a_key(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INGOT_API_KEY", raising=False)
+    for host in ("0.0.0.0", "::", "example.invalid"):
+        with pytest.raises(ServeError, match=r"serve\.host = .*INGOT_API_KEY"):
+            serve(text_folder, host)
+    monkeypatch.setenv("INGOT_API_KEY", "right")
+    with Endpoint(text_folder, "0.0.0.0") as endpoint:
+        port = endpoint.url.rpartition(":")[2]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models").close()
+        assert endpoint.ask("Hello!") == Runtime.load(text_folder).complete("Hello!").text
+
+
+def test_an_address_of_another_machine_is_refused(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INGOT_API_KEY", "right")
+    with pytest.raises(ServeError, match=r"serve\.host = '192\.0\.2\.1'"):
+        serve(text_folder, "192.0.2.1")
+
+
+@pytest.mark.parametrize("kind", ["chat_folder", "text_folder", "head_folder"])
+def test_one_question_and_a_clean_end(kind: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind)
+    runtime = Runtime.load(folder)
+    with Endpoint(folder) as endpoint:
+        answer = endpoint.ask("Hello!")
+        url = endpoint.url
+        assert httpx.get(f"{url}/ready", trust_env=False).status_code == 200
+        thread = endpoint._thread
+    wanted = {
+        "chat_folder": lambda: runtime.chat([{"role": "user", "content": "Hello!"}]).text,
+        "text_folder": lambda: runtime.complete("Hello!").text,
+        "head_folder": lambda: runtime.classify(["Hello!"])[0][0],
+    }
+    assert answer == wanted[kind]()
+    assert not thread.is_alive()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health", trust_env=False)
+
+
+def test_a_refused_question_is_a_serve_error(text_folder: Path) -> None:
+    with Endpoint(text_folder) as endpoint, pytest.raises(ServeError, match="400: 200 prompt tokens|400: .*128"):
+        endpoint.ask("word " * 200)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_server_cleanly(text_folder: Path, sent: signal.Signals, repo_root: Path) -> None:
+    code = "import sys; from pathlib import Path; from ingot.serve import serve; serve(Path(sys.argv[1]))"
+    environment = os.environ | {"PYTHONPATH": str(repo_root / "engine"), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", code, str(text_folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        first = child.stdout.readline()
+        url = first.split()[-1]
+        assert first.startswith("text at http://127.0.0.1:")
+        client = httpx.Client(trust_env=False, transport=httpx.HTTPTransport(retries=5))
+        assert client.post(f"{url}/v1/completions", json={"prompt": "Hello!"}, timeout=60).status_code == 200
+        child.send_signal(sent)
+        assert child.wait(30) == 0
+        assert child.stdout.read() == "stopped\n"
+        assert "Traceback" not in child.stderr.read()
+        client.close()
