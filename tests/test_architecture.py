@@ -1,0 +1,179 @@
+"""The rules of docs/architecture.md that a machine can check."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+INGOT = ROOT / "engine" / "ingot"
+KERNELS = ROOT / "kernels" / "ingot_kernels"
+FILES = sorted([*INGOT.rglob("*.py"), *KERNELS.rglob("*.py")])
+MAX_LINES = 400
+
+# Files and folders of engine/ingot -> floor. A file imports only lower floors or its own folder.
+FLOORS = {
+    "errors": 0, "registry": 0,
+    "recipe": 1, "recipe_errors": 1, "recipe_io": 1,
+    "ranks": 2, "track": 2, "progress": 2, "catalog": 2, "data": 2, "model": 2, "parallel": 2,
+    "train": 3, "evaluation": 3,
+    "package": 4, "serve": 4,
+    "runfolder": 5, "verbs": 5,
+    "cli": 6, "__main__": 6,
+}  # fmt: skip
+# Files of one floor that stand beside each other: the first may import the second.
+NEIGHBOURS = {
+    ("registry", "errors"),
+    ("recipe_errors", "recipe"), ("recipe_io", "recipe"), ("recipe_io", "recipe_errors"),
+    ("verbs", "runfolder"), ("__main__", "cli"), ("model", "catalog"), ("data", "model"), ("parallel", "ranks"),
+}  # fmt: skip
+# A third-party package -> the only files or folders that may import it.
+DOORS = {
+    "transformers": ("model/",),
+    "peft": ("model/",),
+    "bitsandbytes": ("model/",),
+    "huggingface_hub": ("model/",),
+    "datasets": ("data/sources.py",),
+    "pyarrow": ("data/sources.py",),
+    "mlflow": ("track.py", "package/"),
+    "fastapi": ("serve/",),
+    "starlette": ("serve/",),
+    "uvicorn": ("serve/",),
+    "sklearn": ("evaluation/",),
+    "scipy": ("evaluation/",),
+    "sacrebleu": ("evaluation/",),
+    "rouge_score": ("evaluation/",),
+    "matplotlib": ("evaluation/plots.py",),
+    "rich": ("cli.py", "progress.py", "data/inspect.py"),
+    "typer": ("cli.py",),
+    "yaml": ("recipe_io.py", "package/", "serve/"),
+    "pydantic": ("recipe.py", "recipe_errors.py", "recipe_io.py", "serve/"),
+}
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield (dotted module, line) of every import in a file, at its top and within functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:  # a relative import stays in its folder: model/'s files are copied into packages
+                yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                assert node.level == 1, f"{path}:{node.lineno}: `..` leaves the folder"
+
+
+def part_of(path: Path) -> str:
+    """Return the file or folder of engine/ingot that `path` belongs to."""
+    return path.relative_to(INGOT).parts[0].removesuffix(".py")
+
+
+def test_every_part_has_a_floor() -> None:
+    assert {part_of(path) for path in INGOT.rglob("*.py")} - {"__init__"} <= set(FLOORS)
+
+
+def test_files_import_lower_floors_or_their_own_folder() -> None:
+    wrong = []
+    for path in INGOT.rglob("*.py"):
+        here = part_of(path)
+        if here == "__init__":
+            continue  # the table of contents
+        for name, line in imports_of(path):
+            parts = name.split(".")
+            if parts[0] != "ingot" or parts[1] == here:
+                continue
+            there = parts[1] if parts[1] in FLOORS else "verbs"  # `from ingot import __version__` and the like
+            if FLOORS[there] >= FLOORS[here] and (here, there) not in NEIGHBOURS:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {here} imports {there}")
+    assert wrong == []
+
+
+def test_kernels_never_import_ingot() -> None:
+    assert [
+        str(path) for path in KERNELS.rglob("*.py") for name, _ in imports_of(path) if name.split(".")[0] == "ingot"
+    ] == []
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_each_package_has_its_door(package: str) -> None:
+    wrong = [
+        f"{place}:{line}"
+        for path in INGOT.rglob("*.py")
+        for name, line in imports_of(path)
+        if name.split(".")[0] == package
+        and not (place := path.relative_to(INGOT).as_posix()).startswith(DOORS[package])
+    ]
+    assert wrong == []
+
+
+def test_container_folders_are_not_packages() -> None:
+    # A regular package named `kernels` on the path breaks `import transformers` beside Hugging Face's own.
+    assert [
+        name
+        for name in ("engine", "kernels", "recipes", "benchmarks", "tests")
+        if (ROOT / name / "__init__.py").exists()
+    ] == []
+
+
+def test_files_are_short() -> None:
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_both_roots_are_typed() -> None:
+    assert (INGOT / "py.typed").is_file()
+    assert (KERNELS / "py.typed").is_file()
+
+
+def run_python(code: str) -> str:
+    """Run `code` in a new interpreter that sees both roots; return its standard output."""
+    roots = [str(ROOT / "engine"), str(ROOT / "kernels")]
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {roots!r}\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+HEAVY = ("torch", "transformers", "mlflow", "datasets", "peft", "pandas", "matplotlib", "sklearn")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ingot",
+        "from ingot.recipe_io import json_schema; json_schema()",
+        "import ingot.cli",
+        "import sys; sys.argv = ['ingot', '--help']\nfrom ingot.cli import main\ntry: main()\nexcept SystemExit: pass",
+    ],
+    ids=["import", "schema", "cli", "help"],
+)
+def test_light_doors_import_nothing_heavy(code: str) -> None:
+    show = f"\nimport json, sys; print('\\n' + json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    assert json.loads(run_python(code + show).splitlines()[-1]) == []
+
+
+def test_public_names_are_deliberate() -> None:
+    import ingot
+
+    assert set(ingot.__all__) == {
+        "IngotError",
+        "Recipe",
+        "evaluate",
+        "finetune",
+        "load_recipe",
+        "package",
+        "run",
+        "serve",
+    }
+
+
+def test_verbs_stay_functions_beside_folders() -> None:
+    """A folder named as a verb would replace it in the namespace as soon as something in that folder is imported."""
+    folders = [path.parent.name for path in INGOT.glob("*/__init__.py")]
+    code = "".join(f"import ingot.{name}\n" for name in [*folders, "verbs"])
+    check = "print([n for n in ('run', 'finetune', 'evaluate', 'package', 'serve') if not callable(getattr(ingot, n))])"
+    assert run_python(f"{code}{check}") == "[]"
