@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     name="ingot",
     help="One recipe from a foundation model and data to a tested, servable model.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,13 +35,18 @@ out = Console()
 err = Console(stderr=True)
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that win over the file: optim.lr=1e-4 train.epochs=2", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that win over the file: optim.lr=1e-4 train.epochs=2", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output; no progress bars.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Resume = Annotated[Path | None, typer.Option("--resume", help="Folder of an interrupted run to continue.", show_default=False)]
+Resume = Annotated[
+    Path | None, typer.Option("--resume", help="Folder of an interrupted run to continue.", show_default=False)
+]
 
 
-class Part(str, Enum):
+class Part(StrEnum):
     """Which rows `inspect` shows."""
 
     train = "train"
@@ -52,7 +58,9 @@ class Part(str, Enum):
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    summary: Annotated[Path | None, typer.Option(help="Also write what happened as JSON to this file.", show_default=False)] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="Also write what happened as JSON to this file.", show_default=False)
+    ] = None,
     resume: Resume = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -86,7 +94,9 @@ def run(
 
 
 @app.command()
-def finetune(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = None, as_json: Json = False, debug: Debug = False) -> None:
+def finetune(
+    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = None, as_json: Json = False, debug: Debug = False
+) -> None:
     """Train only; leaves checkpoints, adapter and merged model in a new run's folder.
 
     Examples:
@@ -105,14 +115,23 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = N
         done = verbs.finetune(loaded, home=recipe.resolve().parent, resume=resume, progress=Progress(quiet=as_json))
         if verbs.read_ranks().main:
             record = done.record()
-            _result(as_json, {"run": str(done.folder), **record["stages"]["finetune"]}, f"run: {done.folder}\nnext: ingot evaluate {_short(done.folder)}")
+            _result(
+                as_json,
+                {"run": str(done.folder), **record["stages"]["finetune"]},
+                f"run: {done.folder}\nnext: ingot evaluate {_short(done.folder)}",
+            )
 
     _guarded(work, debug)
 
 
 @app.command()
 def evaluate(
-    target: Annotated[Path, typer.Argument(help="A run's folder (base and tuned are measured), or a recipe (its base model is).", show_default=False)],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's folder (base and tuned are measured), or a recipe (its base model is).", show_default=False
+        ),
+    ],
     overrides: Overrides = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -130,7 +149,11 @@ def evaluate(
         progress = Progress(quiet=as_json)
         if target.is_dir():
             if overrides:
-                raise RecipeError("overrides", overrides[0], "a run is measured as its recipe says; settings can be changed only when a recipe is given")
+                raise RecipeError(
+                    "overrides",
+                    overrides[0],
+                    "a run is measured as its recipe says; settings can be changed only when a recipe is given",
+                )
             from ingot import verbs
 
             base, tuned, comparison = verbs.evaluate(target, progress=progress)
@@ -138,8 +161,12 @@ def evaluate(
             loaded = load_recipe(target, overrides or ())
             from ingot import verbs
 
-            base, tuned, comparison = verbs.evaluate_base(loaded, home=target.resolve().parent, progress=progress), None, None
-        result = verbs.scores(base, tuned, comparison)
+            base, tuned, comparison = (
+                verbs.evaluate_base(loaded, home=target.resolve().parent, progress=progress),
+                None,
+                None,
+            )
+        result = verbs.scores_as_dict(base.scores if base else None, tuned.scores if tuned else None, comparison)
         if as_json:
             print(json.dumps(result, ensure_ascii=False))
         else:
@@ -150,7 +177,9 @@ def evaluate(
 
 @app.command()
 def package(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)], as_json: Json = False, debug: Debug = False
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)],
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Write a run's tuned model as an MLflow model, and prove that a clean process gets the same answers from it.
 
@@ -170,8 +199,12 @@ def package(
 
 @app.command()
 def serve(
-    model: Annotated[Path, typer.Argument(help="A package, a run's folder, or a Hugging Face folder.", show_default=False)],
-    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs INGOT_API_KEY.")] = "127.0.0.1",
+    model: Annotated[
+        Path, typer.Argument(help="A package, a run's folder, or a Hugging Face folder.", show_default=False)
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than loopback needs INGOT_API_KEY.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     debug: Debug = False,
 ) -> None:
@@ -230,7 +263,9 @@ def schema() -> None:
 
 @app.command()
 def runs(
-    output: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path(Recipe.model_fields["output"].default), as_json: Json = False, debug: Debug = False
+    output: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path(Recipe.model_fields["output"].default),
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """List runs, newest first, with their scores.
 
@@ -252,7 +287,13 @@ def runs(
         for record in found:
             scores = record["metrics"].get("tuned") or {}
             shown = "  ".join(f"{name} {score['value']:.3f}" for name, score in scores.items())
-            table.add_row(_short(Path(record["folder"])), record["created"][:16].replace("T", " "), record["status"], " ".join(record["stages"]), shown)
+            table.add_row(
+                _short(Path(record["folder"])),
+                record["created"][:16].replace("T", " "),
+                record["status"],
+                " ".join(record["stages"]),
+                shown,
+            )
         out.print(table)
 
     _guarded(work, debug)

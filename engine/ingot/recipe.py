@@ -51,7 +51,9 @@ class Source(Section):
 
     uri: str = Field(min_length=1)
     """File, folder, glob, `ingot://NAME` (generated), or `hf://datasets/ID`. Relative paths start at the recipe's folder."""
-    format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "conll", "text", "text-pair", "hf", "generated"] = "auto"
+    format: Literal[
+        "auto", "jsonl", "json", "csv", "tsv", "parquet", "conll", "text", "text-pair", "hf", "generated"
+    ] = "auto"
     """auto: from the file's extension (a trailing .gz is looked through)."""
     pair: str | None = None
     """text-pair: the second, line-aligned file; rows get the columns `source` and `target`."""
@@ -273,7 +275,9 @@ class Recipe(Section):
     def _consistent(self) -> Self:
         data, train = self.data, self.train
         if data.validation_share + data.test_share >= 1.0:
-            raise ValueError("data.validation_share + data.test_share must be under 1, or nothing is left to learn from")
+            raise ValueError(
+                "data.validation_share + data.test_share must be under 1, or nothing is left to learn from"
+            )
         if train.tokens_per_microbatch < data.max_tokens:
             raise ValueError(
                 f"train.tokens_per_microbatch = {train.tokens_per_microbatch} cannot hold one row of data.max_tokens = "

@@ -103,7 +103,9 @@ def create_run(recipe: Recipe, home: Path) -> Run:
             },
         )
     except OSError as error:
-        raise IngotError(f"the run's folder {folder} cannot be written ({error.strerror}); set output=FOLDER to another place") from error
+        raise IngotError(
+            f"the run's folder {folder} cannot be written ({error.strerror}); set output=FOLDER to another place"
+        ) from error
     return Run(folder, recipe, home.resolve())
 
 
@@ -122,7 +124,9 @@ def list_runs(output: Path) -> list[dict[str, Any]]:
     for path in sorted(output.glob("*/run.json"), key=lambda p: p.stat().st_mtime, reverse=True):
         record = json.loads(path.read_text(encoding="utf-8")) | {"folder": str(path.parent)}
         summary = path.parent / "summary.json"
-        record["metrics"] = json.loads(summary.read_text(encoding="utf-8")).get("metrics", {}) if summary.is_file() else {}
+        record["metrics"] = (
+            json.loads(summary.read_text(encoding="utf-8")).get("metrics", {}) if summary.is_file() else {}
+        )
         found.append(record)
     return found
 

@@ -17,14 +17,22 @@ from ingot.data.conversation import Example
 from ingot.data.splits import Splits, load_splits
 from ingot.data.template import DroppedReport, encode_all, request_of
 from ingot.errors import DataError, IngotError, Interrupted, ModelError, RecipeError
-from ingot.evaluate import plots, report
-from ingot.evaluate.measure import choose, make_items, measure
-from ingot.evaluate.metrics import metric_names
-from ingot.evaluate.runner import Comparison, Evaluation, compare
+from ingot.evaluation import plots, report
+from ingot.evaluation.measure import choose, make_items, measure
+from ingot.evaluation.metrics import metric_names
+from ingot.evaluation.runner import Comparison, Evaluation, Score, compare, load_comparison, load_scores
 from ingot.model import adapters
 from ingot.model.export import export_model, probes
 from ingot.model.generate import Runtime
-from ingot.model.load import Tokenizer, context_length, load_model, load_tokenizer, parameter_counts, resolve_dtype, resolve_pooling
+from ingot.model.load import (
+    Tokenizer,
+    context_length,
+    load_model,
+    load_tokenizer,
+    parameter_counts,
+    resolve_dtype,
+    resolve_pooling,
+)
 from ingot.package.bundle import package_model
 from ingot.package.verify import verify_package
 from ingot.parallel.apply import Sharded, parallelize, recompute_blocks
@@ -60,7 +68,11 @@ def prepare(recipe: Recipe, home: Path) -> Prepared:
     splits = load_splits(recipe, home)
     encoded, dropped = encode_all(splits.train, tokenizer, recipe.data, recipe.objective, splits.labels)
     if not encoded:
-        raise DataError("data.max_tokens", recipe.data.max_tokens, f"none of {len(splits.train)} training rows keeps a trainable token; raise it")
+        raise DataError(
+            "data.max_tokens",
+            recipe.data.max_tokens,
+            f"none of {len(splits.train)} training rows keeps a trainable token; raise it",
+        )
     watched, _ = encode_all(splits.validation, tokenizer, recipe.data, recipe.objective, splits.labels)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return Prepared(tokenizer, splits, Rows(encoded, watched, pad_id), dropped)
@@ -82,7 +94,9 @@ def resolve(recipe: Recipe, home: Path, ranks: Ranks, device: torch.device) -> R
     )
 
 
-def finetune(recipe: Recipe | str | Path, *, home: Path | None = None, resume: Path | None = None, progress: Progress = QUIET) -> Run:
+def finetune(
+    recipe: Recipe | str | Path, *, home: Path | None = None, resume: Path | None = None, progress: Progress = QUIET
+) -> Run:
     """Train the recipe's model on its data; leave checkpoints, adapter and merged model in a new run's folder.
 
     Args:
@@ -127,7 +141,9 @@ def evaluate(run: Run | Path, *, progress: Progress = QUIET) -> tuple[Evaluation
     run = run if isinstance(run, Run) else open_run(run)
     recipe, started = run.recipe, time.perf_counter()
     if not run.finished("finetune"):
-        raise IngotError(f"{run.folder} holds no finished model; continue it with: ingot finetune RECIPE --resume {run.folder}")
+        raise IngotError(
+            f"{run.folder} holds no finished model; continue it with: ingot finetune RECIPE --resume {run.folder}"
+        )
     device = pick_device(Ranks())
     _set_threads(recipe, Ranks())
     tokenizer, splits = load_tokenizer(recipe.model, run.home), load_splits(recipe, run.home)
@@ -135,7 +151,9 @@ def evaluate(run: Run | Path, *, progress: Progress = QUIET) -> tuple[Evaluation
     run.evaluation.mkdir(exist_ok=True)
     base = None
     if recipe.evaluate.base:
-        base = _measure("base", _base_model(recipe, run.home, splits.labels, device), tokenizer, examples, splits, recipe, progress)
+        base = _measure(
+            "base", _base_model(recipe, run.home, splits.labels, device), tokenizer, examples, splits, recipe, progress
+        )
         base.save(run.evaluation)
     tuned = _measure("tuned", _tuned_model(run, splits.labels, device), tokenizer, examples, splits, recipe, progress)
     tuned.save(run.evaluation)
@@ -166,10 +184,17 @@ def package(run: Run | Path, *, progress: Progress = QUIET) -> Path:
     run = run if isinstance(run, Run) else open_run(run)
     recipe, started = run.recipe, time.perf_counter()
     if not run.finished("finetune"):
-        raise IngotError(f"{run.folder} holds no finished model; continue it with: ingot finetune RECIPE --resume {run.folder}")
+        raise IngotError(
+            f"{run.folder} holds no finished model; continue it with: ingot finetune RECIPE --resume {run.folder}"
+        )
     with progress.stage("package", total=1 + recipe.package.verify, unit="steps") as bar:
         facts = json.loads((run.model / "ingot.json").read_text(encoding="utf-8"))
-        metadata = {"recipe": recipe.name, "recipe_hash": recipe_hash(recipe), "base_model": recipe.model.source, "ingot": versions()["ingot"]}
+        metadata = {
+            "recipe": recipe.name,
+            "recipe_hash": recipe_hash(recipe),
+            "base_model": recipe.model.source,
+            "ingot": versions()["ingot"],
+        }
         out = package_model(
             run.model,
             run.package,
@@ -193,7 +218,9 @@ def serve(target: Path, *, host: str = "127.0.0.1", port: int = 8000) -> None:
     serve_forever(_servable(target), host=host, port=port)
 
 
-def run(recipe: Recipe | str | Path, *, home: Path | None = None, resume: Path | None = None, progress: Progress = QUIET) -> dict[str, Any]:
+def run(
+    recipe: Recipe | str | Path, *, home: Path | None = None, resume: Path | None = None, progress: Progress = QUIET
+) -> dict[str, Any]:
     """The whole path: fine-tune, evaluate base and tuned, package, verify, ask the endpoint one question.
 
     Returns the summary that is also saved as the run's summary.json: `metrics.base` and `metrics.tuned` (each metric: value,
@@ -257,9 +284,17 @@ def _open_or_create(recipe: Recipe, home: Path, resume: Path | None, ranks: Rank
 def _resumable(recipe: Recipe, folder: Path) -> Run:
     run = open_run(folder)
     if recipe_hash(run.recipe) != recipe_hash(recipe):
-        raise RecipeError("--resume", str(folder), "it was started with another recipe; start a new run, or restore that recipe (resolved.yaml)")
+        raise RecipeError(
+            "--resume",
+            str(folder),
+            "it was started with another recipe; start a new run, or restore that recipe (resolved.yaml)",
+        )
     if run.finished("finetune"):
-        raise RecipeError("--resume", str(folder), "its fine-tuning is finished; `ingot run RECIPE --resume` goes on with the next stage")
+        raise RecipeError(
+            "--resume",
+            str(folder),
+            "its fine-tuning is finished; `ingot run RECIPE --resume` goes on with the next stage",
+        )
     if not (run.checkpoints / "last").exists():
         raise RecipeError("--resume", str(folder), "it has no checkpoint yet; start a new run")
     return run
@@ -285,7 +320,14 @@ def _build(recipe: Recipe, home: Path, labels: tuple[str, ...]) -> tuple[nn.Modu
     dtype = resolve_dtype(recipe.model.dtype, pick_device(read_ranks()))
     full = recipe.adapter.kind == "none"
     # Full fine-tuning keeps float32 master weights and computes in `dtype`; a frozen base is held in `dtype` itself.
-    model = load_model(recipe.model, home, recipe.objective.task, labels, dtype=torch.float32 if full else dtype, seed=recipe.train.seed)
+    model = load_model(
+        recipe.model,
+        home,
+        recipe.objective.task,
+        labels,
+        dtype=torch.float32 if full else dtype,
+        seed=recipe.train.seed,
+    )
     model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, recipe.train.seed)
     if recipe.train.gradient_checkpointing:
         recompute_blocks(model)
@@ -293,12 +335,16 @@ def _build(recipe: Recipe, home: Path, labels: tuple[str, ...]) -> tuple[nn.Modu
     return model, initial
 
 
-def _fit(sharded: Sharded, prepared: Prepared, recipe: Recipe, run: Run, resume: bool, tracker: Tracker, progress: Progress) -> Fitted:
+def _fit(
+    sharded: Sharded, prepared: Prepared, recipe: Recipe, run: Run, resume: bool, tracker: Tracker, progress: Progress
+) -> Fitted:
     steps = len(plan_steps([len(row.ids) for row in prepared.rows.train], recipe.train))
     with progress.stage("finetune", total=steps, unit="steps") as bar:
 
         def show(info: StepInfo) -> None:
-            bar.advance(info.step - bar.done, loss=f"{info.loss:.3f}", tokens_per_s=f"{info.rates['tokens_per_second']:,.0f}")
+            bar.advance(
+                info.step - bar.done, loss=f"{info.loss:.3f}", tokens_per_s=f"{info.rates['tokens_per_second']:,.0f}"
+            )
 
         def track(info: StepInfo) -> None:
             values = {"train_loss": info.loss, "lr": info.lr, "grad_norm": info.grad_norm, **info.rates}
@@ -306,19 +352,34 @@ def _fit(sharded: Sharded, prepared: Prepared, recipe: Recipe, run: Run, resume:
                 values["validation_loss"] = info.validation_loss
             tracker.metrics(values, info.step)
 
-        return fit(sharded, prepared.rows, recipe, run.checkpoints, recipe_hash(recipe), resume=resume, on_step=(show, track))
+        return fit(
+            sharded, prepared.rows, recipe, run.checkpoints, recipe_hash(recipe), resume=resume, on_step=(show, track)
+        )
 
 
-def _export(model: nn.Module, initial: dict[str, torch.Tensor], prepared: Prepared, recipe: Recipe, run: Run, fitted: Fitted) -> dict[str, Any]:
+def _export(
+    model: nn.Module, initial: dict[str, torch.Tensor], prepared: Prepared, recipe: Recipe, run: Run, fitted: Fitted
+) -> dict[str, Any]:
     """Save adapter and merged model, with the proofs that the adapter is alive and that merging kept it."""
-    facts: dict[str, Any] = {"steps": fitted.steps, "final_step": fitted.final_step, "best_validation_loss": fitted.best_loss, **fitted.rates}
+    facts: dict[str, Any] = {
+        "steps": fitted.steps,
+        "final_step": fitted.final_step,
+        "best_validation_loss": fitted.best_loss,
+        **fitted.rates,
+    }
     facts["trainable_parameters"], facts["parameters"] = parameter_counts(model)
     facts["rows"] = len(prepared.rows.train)
     facts["dropped_rows"] = prepared.dropped.as_dict()
     if recipe.adapter.kind == "lora":
-        dead = adapters.dead_tensors(model, initial) if fitted.final_step > 1 else []  # the first step moves only one of A and B
+        dead = (
+            adapters.dead_tensors(model, initial) if fitted.final_step > 1 else []
+        )  # the first step moves only one of A and B
         if dead:
-            raise ModelError("adapter", dead[0], f"{len(dead)} of {len(initial)} adapter tensors did not change in {fitted.final_step} steps; raise optim.lr")
+            raise ModelError(
+                "adapter",
+                dead[0],
+                f"{len(dead)} of {len(initial)} adapter tensors did not change in {fitted.final_step} steps; raise optim.lr",
+            )
         adapters.save_adapter(model, run.adapter, recipe.model.source.removeprefix("hf://"))
         rows = (prepared.rows.validation or prepared.rows.train)[:4]
         model, facts["merge_difference"] = adapters.merge(model, probes(rows, next(model.parameters()).device))
@@ -344,12 +405,22 @@ def _tuned_model(run: Run, labels: tuple[str, ...], device: torch.device) -> nn.
     """The run's merged model, read from its folder as any user of it would."""
     runtime = Runtime.load(run.model, str(device))
     if runtime.labels != labels and run.recipe.objective.task == "text-classification":
-        raise DataError("data", list(labels)[:3], f"the training rows' labels are not those of {run.model}; the data changed since training")
+        raise DataError(
+            "data",
+            list(labels)[:3],
+            f"the training rows' labels are not those of {run.model}; the data changed since training",
+        )
     return runtime.model
 
 
 def _measure(
-    name: str, model: nn.Module, tokenizer: Tokenizer, examples: list[Example], splits: Splits, recipe: Recipe, progress: Progress
+    name: str,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    splits: Splits,
+    recipe: Recipe,
+    progress: Progress,
 ) -> Evaluation:
     with progress.stage(f"evaluate {name}", total=len(examples), unit="rows") as bar:
         return measure(name, model, tokenizer, examples, splits.labels, recipe, bar.advance)
@@ -359,12 +430,14 @@ def _draw(run: Run, base: Evaluation | None, tuned: Evaluation) -> None:
     points = read_metrics(run.metrics)
     train = [(p["step"], p["metrics"]["train_loss"]) for p in points if "train_loss" in p["metrics"]]
     watched = [(p["step"], p["metrics"]["validation_loss"]) for p in points if "validation_loss" in p["metrics"]]
-    plots.run_picture(train, watched, base, tuned, run.picture, run.recipe.name)
+    plots.run_picture(train, watched, base.scores if base else None, tuned.scores, run.picture, run.recipe.name)
 
 
 def _track_scores(run: Run, base: Evaluation | None, tuned: Evaluation) -> None:
     """Add scores, picture and evaluation files to the MLflow run that training started."""
-    with Tracker.start(run.recipe.track, run.folder, run.recipe.name, {}, True, run_id=run.record().get("tracking_run")) as tracker:
+    with Tracker.start(
+        run.recipe.track, run.folder, run.recipe.name, {}, True, run_id=run.record().get("tracking_run")
+    ) as tracker:
         values = {f"tuned/{name}": score.value for name, score in tuned.scores.items()}
         values |= {f"base/{name}": score.value for name, score in base.scores.items()} if base else {}
         tracker.metrics(values, run.record()["stages"]["finetune"]["final_step"])
@@ -399,15 +472,16 @@ def _ask_endpoint(run: Run, progress: Progress) -> None:
     run.note_stage("serve", time.perf_counter() - started, question=asked, answer=reply)
 
 
-def scores(base: Evaluation | None, tuned: Evaluation | None, comparison: Comparison | None) -> dict[str, Any]:
+def scores_as_dict(
+    base: dict[str, Score] | None, tuned: dict[str, Score] | None, comparison: Comparison | None
+) -> dict[str, Any]:
     """Scores as plain values: `metrics`, the paired `comparison`, and a `table` (with its `columns`) for people."""
-    metrics = {name: report.metrics_json(e) for name, e in (("base", base), ("tuned", tuned)) if e is not None}
-    rows = report.summary_table(base, tuned, comparison)
+    rows = report.table(base, tuned, comparison)
     return {
-        "metrics": metrics,
+        "metrics": {name: report.metrics_json(found) for name, found in (("base", base), ("tuned", tuned)) if found},
         "comparison": comparison.as_dict() if comparison else {},
         "table": rows,
-        "columns": list(rows[0]) if rows else [],
+        "columns": list(rows[0]),
     }
 
 
@@ -418,15 +492,26 @@ def inspect(recipe: Recipe, home: Path, part: str, count: int, console: Any) -> 
     rows, dropped = encode_all(examples, tokenizer, recipe.data, recipe.objective, splits.labels)
     if console is None:
         shown = view.as_dict(rows[:count], tokenizer)
-        print(json.dumps({**shown, "data": splits.report.as_dict(), "truncation": dropped.as_dict()}, ensure_ascii=False))
+        print(
+            json.dumps({**shown, "data": splits.report.as_dict(), "truncation": dropped.as_dict()}, ensure_ascii=False)
+        )
         return
     view.render(rows[:count], tokenizer, console)
-    console.print(f"{part}: {len(rows):,} of {len(examples):,} rows usable; {dropped.truncated:,} cut at {recipe.data.max_tokens} tokens", highlight=False)
+    console.print(
+        f"{part}: {len(rows):,} of {len(examples):,} rows usable; {dropped.truncated:,} cut at {recipe.data.max_tokens} tokens",
+        highlight=False,
+    )
 
 
 def _summary(run: Run) -> dict[str, Any]:
     record = run.record()
-    paths = {"run": run.folder, "model": run.model, "adapter": run.adapter, "package": run.package, "picture": run.picture}
+    paths = {
+        "run": run.folder,
+        "model": run.model,
+        "adapter": run.adapter,
+        "package": run.package,
+        "picture": run.picture,
+    }
     result: dict[str, Any] = {
         "name": run.recipe.name,
         "recipe_hash": record["recipe_hash"],
@@ -435,9 +520,8 @@ def _summary(run: Run) -> dict[str, Any]:
         "paths": {name: str(path) for name, path in paths.items() if path.exists()},
     }
     if run.finished("evaluate"):
-        found = {name: Evaluation.load(run.evaluation, name) for name in ("base", "tuned") if (run.evaluation / f"{name}.json").is_file()}
-        comparison = compare(found["base"], found["tuned"], run.recipe.evaluate) if "base" in found else None
-        result |= scores(found.get("base"), found["tuned"], comparison)
+        base = load_scores(run.evaluation, "base") if run.recipe.evaluate.base else None
+        result |= scores_as_dict(base, load_scores(run.evaluation, "tuned"), load_comparison(run.evaluation))
     if run.finished("serve"):
         result |= {key: record["stages"]["serve"][key] for key in ("question", "answer")}
     return result

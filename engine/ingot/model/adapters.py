@@ -57,7 +57,9 @@ def _targets(model: nn.Module, adapter: Adapter) -> list[str]:
         return sorted(names)
     for target in adapter.targets:
         if target not in names:
-            raise RecipeError("adapter.targets", target, f"no linear layer of this model is called that; {nearest(target, names)}")
+            raise RecipeError(
+                "adapter.targets", target, f"no linear layer of this model is called that; {nearest(target, names)}"
+            )
     return list(adapter.targets)
 
 
@@ -68,7 +70,11 @@ def trainable_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def dead_tensors(model: nn.Module, initial: dict[str, Tensor]) -> list[str]:
     """Names of trainable tensors that are empty, not finite, or equal to what they were in `initial`."""
-    return [name for name, p in trainable_tensors(model) if p.numel() == 0 or not bool(p.isfinite().all()) or torch.equal(p.detach().cpu(), initial[name])]
+    return [
+        name
+        for name, p in trainable_tensors(model)
+        if p.numel() == 0 or not bool(p.isfinite().all()) or torch.equal(p.detach().cpu(), initial[name])
+    ]
 
 
 def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
@@ -77,16 +83,22 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     `base_name` is what the configuration calls the base: a name that means the same on another machine, not a path of this one.
     Raises IngotError when the file holds an empty tensor or fewer tensors than were trained.
     """
-    model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub for the base's vocabulary size
+    model.save_pretrained(
+        folder, save_embedding_layers=False
+    )  # "auto" would ask the hub for the base's vocabulary size
     (folder / "README.md").unlink(missing_ok=True)  # peft's card template holds only blanks
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base_name}, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": base_name}, indent=2) + "\n", encoding="utf-8"
+    )
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
     trained = sum(1 for _ in trainable_tensors(model))
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty or len(shapes) < trained:
-        raise IngotError(f"the saved adapter holds {len(shapes)} tensors for {trained} trained ones, {len(empty)} of them empty: {empty[:3]}")
+        raise IngotError(
+            f"the saved adapter holds {len(shapes)} tensors for {trained} trained ones, {len(empty)} of them empty: {empty[:3]}"
+        )
 
 
 @torch.no_grad()
@@ -107,5 +119,7 @@ def merge(model: PeftModel, probes: Sequence[dict[str, Tensor]]) -> tuple[nn.Mod
     dtype = next(merged.parameters()).dtype
     limit = 1e-3 if dtype == torch.float32 else 5e-2
     if not worst <= limit:
-        raise IngotError(f"the merged model's logits differ from the adapter's by {worst:.2g} of their size (at most {limit:g} for {dtype})")
+        raise IngotError(
+            f"the merged model's logits differ from the adapter's by {worst:.2g} of their size (at most {limit:g} for {dtype})"
+        )
     return merged, worst

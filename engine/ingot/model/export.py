@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from ingot.errors import CheckpointError
 
 
-def export_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, facts: dict[str, Any]) -> Path:
+def export_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, facts: dict[str, Any]
+) -> Path:
     """Write `model` (already merged) in `dtype` with its tokenizer and `facts` (ingot.json) to `folder`, in one step.
 
     An older folder of that name is replaced only when the new one is complete. Raises CheckpointError when the disk fails.
@@ -31,12 +33,18 @@ def export_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"the model could not be written to {folder} ({getattr(error, 'strerror', None) or error}); its checkpoints are untouched: free some disk, then --resume") from error
+        raise CheckpointError(
+            f"the model could not be written to {folder} ({getattr(error, 'strerror', None) or error}); its checkpoints are untouched: free some disk, then --resume"
+        ) from error
     return folder
 
 
 def probes(rows: Sequence[Any], device: torch.device) -> list[dict[str, Tensor]]:
     """Single rows (`ids` each) as forward arguments, for comparing a model before and after merging. No padding: ids_1T."""
     return [
-        {"input_ids": torch.tensor([row.ids], device=device), "attention_mask": torch.ones(1, len(row.ids), dtype=torch.long, device=device)} for row in rows
+        {
+            "input_ids": torch.tensor([row.ids], device=device),
+            "attention_mask": torch.ones(1, len(row.ids), dtype=torch.long, device=device),
+        }
+        for row in rows
     ]

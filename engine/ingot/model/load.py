@@ -30,7 +30,9 @@ def cpu_has_bf16() -> bool:
     if platform.system() != "Linux":
         return False
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    return any(CPU_BF16_FLAGS & set(line.split()) for line in text.splitlines() if line.startswith(("flags", "Features")))
+    return any(
+        CPU_BF16_FLAGS & set(line.split()) for line in text.splitlines() if line.startswith(("flags", "Features"))
+    )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -58,7 +60,11 @@ def load_tokenizer(model: Model, folder: Path) -> Tokenizer:
     path = model_folder(model, folder, weights=False)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=model.trust_remote_code)
     if not tokenizer.is_fast:
-        raise ModelError("model.source", model.source, "only a slow tokenizer: Ingot needs tokenizer.json (character offsets give the mask)")
+        raise ModelError(
+            "model.source",
+            model.source,
+            "only a slow tokenizer: Ingot needs tokenizer.json (character offsets give the mask)",
+        )
     if model.chat_template is not None:
         template = folder / model.chat_template
         if not template.is_file():
@@ -82,7 +88,15 @@ def context_length(model: Model, folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
 
 
-def load_model(model: Model, folder: Path, task: Task, labels: tuple[str, ...] = (), *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def load_model(
+    model: Model,
+    folder: Path,
+    task: Task,
+    labels: tuple[str, ...] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> nn.Module:
     """Return the model for `task` on the CPU with weights in `dtype`.
 
     New weights (a classifier's head, or everything with `model.initialization: random`) are drawn with `seed`.
@@ -96,10 +110,14 @@ def load_model(model: Model, folder: Path, task: Task, labels: tuple[str, ...] =
         return _load_classifier(model, path, folder, config, labels, dtype, random)
     if random:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True, **options)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+    )
 
 
-def _load_classifier(model: Model, path: Path, folder: Path, config: Any, labels: tuple[str, ...], dtype: torch.dtype, random: bool) -> nn.Module:
+def _load_classifier(
+    model: Model, path: Path, folder: Path, config: Any, labels: tuple[str, ...], dtype: torch.dtype, random: bool
+) -> nn.Module:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "dtype": dtype}
@@ -108,7 +126,12 @@ def _load_classifier(model: Model, path: Path, folder: Path, config: Any, labels
         loaded = kind.from_config(config, **options)
     else:
         loaded = kind.from_pretrained(
-            path, config=config, local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=kind is not AutoModel, **options
+            path,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=kind is not AutoModel,
+            **options,
         )
     if kind is not AutoModel:
         return loaded

@@ -10,7 +10,14 @@ from ingot.registry import nearest
 
 EMBEDDED = ("nano",)  # folders of ingot/catalog, shipped with the package
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
 
 
@@ -45,7 +52,11 @@ def _in_package(source: str, rest: str) -> Path:
     package, _, inside = rest.partition("/")
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError("model.source", source, f"the Python package {package} is not installed: pip install {package.replace('_', '-')}")
+        raise ModelError(
+            "model.source",
+            source,
+            f"the Python package {package} is not installed: pip install {package.replace('_', '-')}",
+        )
     path = (Path(spec.submodule_search_locations[0]) / inside).resolve()
     if not path.is_dir():
         raise ModelError("model.source", source, f"the package {package} has no folder {inside!r}")
@@ -76,18 +87,28 @@ def _from_hub(model: Model, repo: str) -> Path:
     except (OSError, ValueError):
         pass  # not in the cache: ask the hub
     try:
-        HfApi().model_info(repo, revision=model.revision, timeout=10)  # one short question, so that being offline shows at once
+        HfApi().model_info(
+            repo, revision=model.revision, timeout=10
+        )  # one short question, so that being offline shows at once
         return Path(snapshot_download(repo, revision=model.revision, allow_patterns=patterns))
     except GatedRepoError as error:
-        raise ModelError("model.source", model.source, f"gated: accept its terms on the hub page of {repo}, then log in (hf auth login)") from error
+        raise ModelError(
+            "model.source",
+            model.source,
+            f"gated: accept its terms on the hub page of {repo}, then log in (hf auth login)",
+        ) from error
     except RevisionNotFoundError as error:
         raise ModelError("model.revision", model.revision, f"{repo} has no such revision") from error
     except RepositoryNotFoundError as error:
-        raise ModelError("model.source", model.source, "the hub has no such model, or it is private and you are not logged in") from error
+        raise ModelError(
+            "model.source", model.source, "the hub has no such model, or it is private and you are not logged in"
+        ) from error
     except (OSError, HfHubHTTPError, RuntimeError) as error:
         reason = type(error).__name__
         raise ModelError(
-            "model.source", model.source, f"not in the local cache, and the hub cannot be reached ({reason}); go online once, or name a local folder"
+            "model.source",
+            model.source,
+            f"not in the local cache, and the hub cannot be reached ({reason}); go online once, or name a local folder",
         ) from error
 
 
@@ -105,9 +126,15 @@ def _check(model: Model, path: Path, weights: bool, tokenizer: bool) -> None:
             )
         raise ModelError("model.source", model.source, "the folder has no *.safetensors weights")
     if tokenizer and not any(name in names for name in TOKENIZER_FILES):
-        raise ModelError("model.source", model.source, "the folder has no tokenizer (tokenizer.json); copy the base model's tokenizer files into it")
+        raise ModelError(
+            "model.source",
+            model.source,
+            "the folder has no tokenizer (tokenizer.json); copy the base model's tokenizer files into it",
+        )
     needs_code = "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     if needs_code and not model.trust_remote_code:
         raise ModelError(
-            "model.trust_remote_code", False, f"{model.source} brings its own Python code; read it, then set model.trust_remote_code: true to run it"
+            "model.trust_remote_code",
+            False,
+            f"{model.source} brings its own Python code; read it, then set model.trust_remote_code: true to run it",
         )

@@ -61,10 +61,18 @@ def parallelize(model: nn.Module, ranks: Ranks, section: Parallel, device: torch
     model.to(device)
     if ranks.world == 1:
         if section.strategy == "ddp":
-            raise RecipeError("parallel.strategy", "ddp", "there is only one rank; launch with torchrun --nproc-per-node N, or use auto")
+            raise RecipeError(
+                "parallel.strategy",
+                "ddp",
+                "there is only one rank; launch with torchrun --nproc-per-node N, or use auto",
+            )
         return Sharded(model, model, ranks, dtype)
     if section.strategy == "none":
-        raise RecipeError("parallel.strategy", "none", f"{ranks.world} ranks would train {ranks.world} different models; use auto or ddp")
+        raise RecipeError(
+            "parallel.strategy",
+            "none",
+            f"{ranks.world} ranks would train {ranks.world} different models; use auto or ddp",
+        )
     devices = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     return Sharded(model, wrapped, ranks, dtype)

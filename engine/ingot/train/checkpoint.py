@@ -57,7 +57,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progr
         shutil.rmtree(partial, ignore_errors=True)
         last = folder / "last"
         kept = f"the last good one is {last.resolve()}" if last.exists() else "there is none before it"
-        raise CheckpointError(f"checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); {kept}. Free some disk, then --resume") from error
+        raise CheckpointError(
+            f"checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); {kept}. Free some disk, then --resume"
+        ) from error
     _prune(folder, keep)
     return final
 
@@ -71,7 +73,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"no usable checkpoint at {path} ({error})") from error
     if progress.recipe_hash != recipe_hash:
-        raise CheckpointError(f"{path} was written by another recipe (hash {progress.recipe_hash}, now {recipe_hash}); start a new run, or restore its recipe")
+        raise CheckpointError(
+            f"{path} was written by another recipe (hash {progress.recipe_hash}, now {recipe_hash}); start a new run, or restore its recipe"
+        )
     parameters = dict(trainable_tensors(model))
     if parameters.keys() != weights.keys():
         odd = sorted(parameters.keys() ^ weights.keys())[0]
@@ -81,7 +85,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
             parameter.copy_(weights[name])
     if optimizer is not None:
         for name, parameter in parameters.items():
-            optimizer.state[parameter] = {key: moments[f"{name}/{key}"].to(_home(key, parameter)) for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {
+                key: moments[f"{name}/{key}"].to(_home(key, parameter)) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
     return progress
 
 
@@ -91,7 +97,9 @@ def _home(key: str, parameter: torch.Tensor) -> torch.device:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{name}/{key}": value.detach().cpu().contiguous() for name, p in trainable_tensors(model) for key, value in optimizer.state.get(p, {}).items()
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, p in trainable_tensors(model)
+        for key, value in optimizer.state.get(p, {}).items()
     }
 
 

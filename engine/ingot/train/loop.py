@@ -77,7 +77,14 @@ def n_targets(rows: Sequence[Encoded]) -> int:
 
 
 def fit(
-    sharded: Sharded, rows: Rows, recipe: Recipe, folder: Path, recipe_hash: str, *, resume: bool = False, on_step: Sequence[Callable[[StepInfo], None]] = ()
+    sharded: Sharded,
+    rows: Rows,
+    recipe: Recipe,
+    folder: Path,
+    recipe_hash: str,
+    *,
+    resume: bool = False,
+    on_step: Sequence[Callable[[StepInfo], None]] = (),
 ) -> Fitted:
     """Train `sharded` on `rows.train`; leave the best or last weights in it, as `train.final` says.
 
@@ -99,7 +106,9 @@ def fit(
             lr = lr_at(step, len(plan), recipe.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, norm, stop = _train_step(sharded, rows, plan[step], chosen, lengths, optimizer, recipe, step, stopped())
+            loss, norm, stop = _train_step(
+                sharded, rows, plan[step], chosen, lengths, optimizer, recipe, step, stopped()
+            )
             tokens = sum(map(len, (row.ids for row in chosen)))
             meter.step(tokens, n_targets(chosen))
             done = step + 1
@@ -108,14 +117,24 @@ def fit(
                 state = _watch(state, validation_loss(sharded, rows, recipe))
             for report in on_step:
                 report(StepInfo(done, len(plan), loss, lr, norm, tokens, meter.rates(), state.validation_loss))
-            if done % save_every == 0 or done == len(plan) or stop or state.validation_loss is not None and state.best_step == done:
+            if (
+                done % save_every == 0
+                or done == len(plan)
+                or stop
+                or state.validation_loss is not None
+                and state.best_step == done
+            ):
                 _save(sharded, folder, optimizer, state, train.keep_checkpoints)
             if stop and done < len(plan):
-                raise Interrupted(f"stopped after step {done} of {len(plan)}; everything up to it is in {folder / 'last'}. Continue with --resume")
+                raise Interrupted(
+                    f"stopped after step {done} of {len(plan)}; everything up to it is in {folder / 'last'}. Continue with --resume"
+                )
             meter.resume()
     final = "best" if train.final == "best" and state.best_step is not None else "last"
     finished = checkpoint.load(folder / final, sharded.plain, None, recipe_hash)
-    return Fitted(len(plan), state.tokens, meter.seconds, state.best_step, state.best_loss, finished.step, meter.rates())
+    return Fitted(
+        len(plan), state.tokens, meter.seconds, state.best_step, state.best_loss, finished.step, meter.rates()
+    )
 
 
 def _train_step(
@@ -136,7 +155,10 @@ def _train_step(
     sharded.wrapped.train()
     # Dropout is a function of (seed, step, rank), so a resumed run draws the same masks without stored generator states.
     torch.manual_seed((train.seed * 1_000_003 + step) * 1_024 + ranks.rank)
-    batches = [[rows.train[i] for i in part] for part in microbatches(indices, lengths, ranks.rank, ranks.world, train.tokens_per_microbatch)]
+    batches = [
+        [rows.train[i] for i in part]
+        for part in microbatches(indices, lengths, ranks.rank, ranks.world, train.tokens_per_microbatch)
+    ]
     if not batches:  # more ranks than rows in this step: the others still wait for this one's (zero) gradients
         batches = [[_muted(chosen[0])]]
     total = torch.zeros(2, device=next(sharded.plain.parameters()).device)
@@ -171,7 +193,9 @@ def validation_loss(sharded: Sharded, rows: Rows, recipe: Recipe) -> float:
     lengths = [len(row.ids) for row in rows.validation]
     divisor = n_targets(rows.validation)
     total = torch.zeros(1, device=next(sharded.plain.parameters()).device)
-    for part in microbatches(range(len(lengths)), lengths, sharded.ranks.rank, sharded.ranks.world, recipe.train.tokens_per_microbatch):
+    for part in microbatches(
+        range(len(lengths)), lengths, sharded.ranks.rank, sharded.ranks.world, recipe.train.tokens_per_microbatch
+    ):
         total += objective(sharded, collate([rows.validation[i] for i in part], rows.pad_id), divisor, recipe.objective)
     return all_reduce_sum(total).item()
 

@@ -28,10 +28,16 @@ def next_token(sharded: Sharded, batch: Batch, divisor: int, section: Objective)
         kept_K = (targets_BT != IGNORE).any(0).nonzero().squeeze(1)
         targets_BT = targets_BT[:, kept_K]
         extra["logits_to_keep"] = kept_K.to(device)
-    output = sharded.forward(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device), use_cache=False, **extra)
+    output = sharded.forward(
+        input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device), use_cache=False, **extra
+    )
     logits_BKV = logits_of(output)
     loss = F.cross_entropy(
-        logits_BKV.flatten(0, 1), targets_BT.flatten().to(device), ignore_index=IGNORE, reduction="sum", label_smoothing=section.label_smoothing
+        logits_BKV.flatten(0, 1),
+        targets_BT.flatten().to(device),
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=section.label_smoothing,
     )
     return loss / divisor
 
@@ -42,7 +48,11 @@ def label(sharded: Sharded, batch: Batch, divisor: int, section: Objective) -> T
     device = next(sharded.plain.parameters()).device
     output = sharded.forward(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device))
     loss = F.cross_entropy(
-        logits_of(output), batch.class_labels_B.to(device), ignore_index=IGNORE, reduction="sum", label_smoothing=section.label_smoothing
+        logits_of(output),
+        batch.class_labels_B.to(device),
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=section.label_smoothing,
     )
     return loss / divisor
 

@@ -16,7 +16,9 @@ def make_optimizer(model: nn.Module, section: Optim) -> torch.optim.AdamW:
     for _, parameter in trainable_tensors(model):
         (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=section.lr, betas=section.betas, eps=section.eps, fused=True
+    )
 
 
 def lr_at(step: int, steps: int, section: Optim) -> float:

@@ -20,7 +20,13 @@ PROBE = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 def llama(tied: bool = True) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config)
 
@@ -106,7 +112,10 @@ def test_empty_saved_adapter_is_caught(tmp_path, monkeypatch):
 
     def hollow(self, folder, **options):
         real(self, folder, **options)
-        save_file({name: tensor[:0] for name, tensor in load_file(folder / "adapter_model.safetensors").items()}, folder / "adapter_model.safetensors")
+        save_file(
+            {name: tensor[:0] for name, tensor in load_file(folder / "adapter_model.safetensors").items()},
+            folder / "adapter_model.safetensors",
+        )
 
     monkeypatch.setattr(type(model), "save_pretrained", hollow)
     with pytest.raises(IngotError, match="28 of them empty"):

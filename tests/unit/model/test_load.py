@@ -25,7 +25,9 @@ def test_bfloat16_with_units_is_taken(monkeypatch):
     assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
 
 
-@pytest.mark.parametrize(("flags", "expected"), [("fpu avx512f avx512_bf16", True), ("fpu amx_bf16", True), ("fpu avx2 avx512f", False)])
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("fpu avx512f avx512_bf16", True), ("fpu amx_bf16", True), ("fpu avx2 avx512f", False)]
+)
 def test_reads_the_cpus_flags(monkeypatch, flags, expected):
     monkeypatch.setattr(load.platform, "system", lambda: "Linux")
     monkeypatch.setattr(load.Path, "read_text", lambda *_, **__: f"processor: 0\nflags\t\t: {flags}\n")

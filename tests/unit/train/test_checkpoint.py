@@ -25,7 +25,10 @@ def trained(make_model, make_recipe):
     return model, optimizer
 
 
-FULL = [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("I/O error: No space left on device (os error 28)"),
+]
 
 
 @pytest.mark.parametrize("error", FULL, ids=["OSError", "SafetensorError"])
@@ -52,7 +55,13 @@ def test_keeps_the_newest_and_the_best(trained, tmp_path):
     model, optimizer = trained
     for step in range(1, 6):
         checkpoint.save(tmp_path, model, optimizer, progress(step, best=2), keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "step-000002", "step-000004", "step-000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best",
+        "last",
+        "step-000002",
+        "step-000004",
+        "step-000005",
+    ]
     assert (tmp_path / "best").resolve().name == "step-000002"
 
 

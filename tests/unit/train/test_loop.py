@@ -29,7 +29,9 @@ def test_equals_a_plain_loop_in_ten_lines(sharded, rows, make_recipe, make_model
     model = make_model()
     decayed = [p for p in model.parameters() if p.ndim >= 2 and p is not model.model.embed_tokens.weight]
     others = [p for p in model.parameters() if p.ndim < 2 or p is model.model.embed_tokens.weight]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=3e-3)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=3e-3
+    )
     expected = []
     for step, chosen in enumerate(plan_steps([len(row.ids) for row in rows.train], recipe.train)):
         batch = collate([rows.train[i] for i in chosen], 0)
@@ -55,7 +57,11 @@ def gradients(sharded, rows, chosen, world, budget, recipe):
     divisor = n_targets([rows.train[i] for i in chosen])
     for rank in range(world):
         for part in microbatches(chosen, lengths, rank, world, budget):
-            sharded.backward(OBJECTIVES["language-modeling"](sharded, collate([rows.train[i] for i in part], 0), divisor, recipe.objective))
+            sharded.backward(
+                OBJECTIVES["language-modeling"](
+                    sharded, collate([rows.train[i] for i in part], 0), divisor, recipe.objective
+                )
+            )
     return {name: p.grad.clone() for name, p in sharded.plain.named_parameters()}
 
 
@@ -119,7 +125,9 @@ def test_signal_leaves_a_resumable_checkpoint(sharded, rows, make_recipe, make_m
 def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(sharded, rows, make_recipe, tmp_path):
     recipe = make_recipe(train={"evaluate_every_steps": 4, "max_steps": 40, "keep_checkpoints": 1}, optim={"lr": 2e-2})
     seen = {}
-    fitted = fit(sharded, rows, recipe, tmp_path, "hash", on_step=(lambda info: seen.update({info.step: info.validation_loss}),))
+    fitted = fit(
+        sharded, rows, recipe, tmp_path, "hash", on_step=(lambda info: seen.update({info.step: info.validation_loss}),)
+    )
     measured = {step: loss for step, loss in seen.items() if loss is not None}
     assert list(measured) == list(range(4, 41, 4))
     best = min(measured, key=measured.__getitem__)
@@ -143,7 +151,12 @@ def test_resume_refuses_another_recipes_checkpoint(sharded, rows, make_recipe, t
 
 def test_fractions_of_an_epoch(make_recipe):
     lengths = [10] * 100
-    count = {epochs: len(plan_steps(lengths, make_recipe(train={"max_steps": None, "epochs": epochs, "tokens_per_step": 100}).train)) for epochs in (0.5, 1, 2.3)}
+    count = {
+        epochs: len(
+            plan_steps(lengths, make_recipe(train={"max_steps": None, "epochs": epochs, "tokens_per_step": 100}).train)
+        )
+        for epochs in (0.5, 1, 2.3)
+    }
     assert count == {0.5: 5, 1: 10, 2.3: 23}
 
 

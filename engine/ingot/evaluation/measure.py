@@ -4,6 +4,7 @@ B rows, T tokens, V vocabulary, C classes.
 """
 
 import random
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,14 +15,7 @@ from ingot.data.conversation import Example
 from ingot.data.loader import IGNORE, collate, microbatches
 from ingot.data.template import Encoded, encode_all, prompt_ids, prompt_text, reference_text
 from ingot.errors import DataError, RecipeError
-from ingot.evaluate.runner import (
-    Evaluation,
-    Item,
-    evaluate_classification,
-    evaluate_generation,
-    evaluate_language_modeling,
-    merge_items,
-)
+from ingot.evaluation.runner import Evaluation, Item, evaluate_likelihoods, evaluate_texts, merge_items
 from ingot.model.generate import context_limit, generate
 from ingot.model.load import Tokenizer, logits_of
 from ingot.recipe import Recipe
@@ -51,7 +45,7 @@ def make_items(examples: Sequence[Example], tokenizer: Tokenizer, recipe: Recipe
                 f"the prompt has {len(ids)} tokens and the model's context {context}; lower it, or shorten the row",
                 where=example.where,
             )
-        items.append(Item(example.where, prompt_text(example), ids, [reference_text(example)], example.where))
+        items.append(Item(example.where, prompt_text(example), ids, [reference_text(example)]))
     return merge_items(items) if recipe.evaluate.merge_references else items
 
 
@@ -67,15 +61,16 @@ def measure(
 ) -> Evaluation:
     """Measure `model` on `examples` (all of them: see `choose`); `tick(n)` is called as rows are finished."""
     model.eval()
+    started = time.perf_counter()
     task = recipe.objective.task
     items = make_items(examples, tokenizer, recipe, context_limit(model))
     if task == "text-classification":
         probabilities = _class_probabilities(model, tokenizer, examples, labels, recipe, tick)
         chosen = [labels[max(range(len(row)), key=row.__getitem__)] for row in probabilities]
-        return evaluate_classification(name, items, chosen, recipe.evaluate, labels, probabilities=probabilities)
+        return evaluate_texts(name, items, chosen, recipe.evaluate, task, started)
     if task == "language-modeling":
         sums, counts = _row_losses(model, tokenizer, examples, recipe, tick)
-        return evaluate_language_modeling(name, items, sums, counts, recipe.evaluate)
+        return evaluate_likelihoods(name, items, sums, counts, recipe.evaluate, started)
     answers = generate(
         model,
         tokenizer,
@@ -84,13 +79,19 @@ def measure(
         tokens_per_batch=recipe.evaluate.tokens_per_batch,
         progress=tick,
     )
-    return evaluate_generation(name, items, [answer.text for answer in answers], recipe.evaluate, task)
+    return evaluate_texts(name, items, [answer.text.strip() for answer in answers], recipe.evaluate, task, started)
 
 
-def _encoded(tokenizer: Tokenizer, examples: Sequence[Example], labels: tuple[str, ...], recipe: Recipe) -> list[Encoded]:
+def _encoded(
+    tokenizer: Tokenizer, examples: Sequence[Example], labels: tuple[str, ...], recipe: Recipe
+) -> list[Encoded]:
     rows, dropped = encode_all(examples, tokenizer, recipe.data, recipe.objective, labels)
     if len(rows) != len(examples):
-        raise RecipeError("data.max_tokens", recipe.data.max_tokens, f"{len(examples) - len(rows)} test rows do not fit ({dropped.as_dict()}); raise it")
+        raise RecipeError(
+            "data.max_tokens",
+            recipe.data.max_tokens,
+            f"{len(examples) - len(rows)} test rows do not fit ({dropped.as_dict()}); raise it",
+        )
     return rows
 
 
@@ -104,7 +105,12 @@ def _pad_id(tokenizer: Tokenizer) -> int:
 
 
 def _class_probabilities(
-    model: nn.Module, tokenizer: Tokenizer, examples: Sequence[Example], labels: tuple[str, ...], recipe: Recipe, tick: Tick
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    labels: tuple[str, ...],
+    recipe: Recipe,
+    tick: Tick,
 ) -> list[list[float]]:
     rows = _encoded(tokenizer, examples, labels, recipe)
     device = next(model.parameters()).device
@@ -127,7 +133,9 @@ def _row_losses(
     sums, counts = [0.0] * len(rows), [0] * len(rows)
     for part in _batches(rows, recipe.evaluate.tokens_per_batch):
         batch = collate([rows[i] for i in part], _pad_id(tokenizer))
-        logits_BTV = logits_of(model(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device), use_cache=False))
+        logits_BTV = logits_of(
+            model(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device), use_cache=False)
+        )
         targets_BT = F.pad(batch.labels_BT[:, 1:], (0, 1), value=IGNORE).to(device)
         nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORE, reduction="none")
         for place, index in enumerate(part):

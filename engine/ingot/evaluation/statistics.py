@@ -1,0 +1,104 @@
+"""Intervals and paired tests by resampling rows (Efron & Tibshirani 1993), and what a test set of a size can see."""
+
+# S resamples, N rows, K numbers per row
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ingot.evaluation.metrics import Array, Statistic
+
+CHUNK_ROWS = 2_000_000  # numbers of counts held at a time
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Tuned minus base on the same rows: the difference, its interval, and a two-sided p-value.
+
+    `mcnemar_p` is McNemar's exact test, for scores that are 0 or 1; None otherwise.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    mcnemar_p: float | None
+    n: int
+
+
+def _resampled_sums(rows_NK: Array, samples: int, seed: int) -> Array:
+    """Sums [S, K] of `samples` draws of N rows with replacement. The draws depend on (seed, samples, N) only."""
+    n = len(rows_NK)
+    draw = np.random.default_rng(seed)
+    sums = np.empty((samples, rows_NK.shape[1]))
+    step = max(1, CHUNK_ROWS // n)
+    for start in range(0, samples, step):
+        size = min(step, samples - start)
+        counts_SN = draw.multinomial(n, np.full(n, 1.0 / n), size=size)
+        sums[start : start + size] = counts_SN @ rows_NK
+    return sums
+
+
+def interval(statistic: Statistic, samples: int, confidence: float, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the metric."""
+    values_S = statistic.value_of(_resampled_sums(statistic.rows_NK, samples, seed))
+    return _quantiles(values_S, confidence)
+
+
+def paired(base: Statistic, tuned: Statistic, samples: int, confidence: float, seed: int = 0) -> Paired:
+    """Compare two models on the same rows: both are resampled by the same draws, so what rows share cancels out.
+
+    The p-value is twice the smaller share of resampled differences on either side of 0 (at least 1 / samples).
+    """
+    n = len(base.rows_NK)
+    both_NK = np.concatenate([base.rows_NK, tuned.rows_NK], axis=1)
+    sums = _resampled_sums(both_NK, samples, seed)
+    cut = base.rows_NK.shape[1]
+    differences_S = tuned.value_of(sums[:, cut:]) - base.value_of(sums[:, :cut])
+    low, high = _quantiles(differences_S, confidence)
+    tail = min((differences_S <= 0).mean(), (differences_S >= 0).mean())
+    p_value = min(1.0, max(2.0 * float(tail), 1.0 / samples))
+    return Paired(tuned.value() - base.value(), low, high, p_value, _mcnemar_of(base, tuned), n)
+
+
+def _mcnemar_of(base: Statistic, tuned: Statistic) -> float | None:
+    a, b = base.per_row(), tuned.per_row()
+    if a is None or b is None or not {*a, *b} <= {0.0, 1.0}:
+        return None
+    lost = sum(x > y for x, y in zip(a, b, strict=True))
+    won = sum(x < y for x, y in zip(a, b, strict=True))
+    return mcnemar_exact(lost, won)
+
+
+def mcnemar_exact(lost: int, won: int) -> float:
+    """Two-sided exact binomial test that rows lost and rows won are equally likely (McNemar 1947)."""
+    n, k = lost + won, min(lost, won)
+    if n == 0:
+        return 1.0
+    # In logarithms: the plain sum of binomials over 2^n overflows from n = 1,024 on.
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
+    return min(1.0, 2.0 * sum(map(math.exp, logs)))
+
+
+def detectable_difference(n: int, discordance: float = 0.2, power: float = 0.8, alpha: float = 0.05) -> float:
+    """Smallest true difference of two shares that a paired test on `n` rows finds with `power`.
+
+    `discordance`: share of rows on which the two models disagree. Normal approximation of McNemar's test (Connor 1987).
+    """
+    from statistics import NormalDist
+
+    z_alpha, z_power = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
+    low, high = 0.0, discordance
+    for _ in range(60):
+        d = (low + high) / 2
+        need = (z_alpha * math.sqrt(discordance) + z_power * math.sqrt(max(discordance - d * d, 0.0))) ** 2
+        low, high = (low, d) if n * d * d >= need else (d, high)
+    return high
+
+
+def _quantiles(values_S: Array, confidence: float) -> tuple[float, float]:
+    edge: Any = (1.0 - confidence) / 2.0
+    low, high = np.quantile(values_S, [edge, 1.0 - edge])
+    return float(low), float(high)
