@@ -52,7 +52,7 @@ format: install ## Format the code and mend what ruff can mend.
 	@$(BIN)/ruff check --fix .
 
 docs: install ## Build the documentation into site/.
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "ingot: documentation in site/index.html"
 
 clean: ## Remove .venv, caches and built files; runs/ stays.
