@@ -1,8 +1,8 @@
 """The command line: typer verbs over `ingot.verbs`. torch is imported only by the verb that needs it."""
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +21,7 @@ from ingot.recipe_io import json_schema, load_recipe
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import of kernels that only its 4-bit layers want
 
 app = typer.Typer(
     name="ingot",
@@ -113,7 +114,7 @@ def finetune(
         from ingot import verbs
 
         done = verbs.finetune(loaded, home=recipe.resolve().parent, resume=resume, progress=Progress(quiet=as_json))
-        if verbs.read_ranks().main:
+        if int(os.environ.get("RANK", "0")) == 0:
             record = done.record()
             _result(
                 as_json,
@@ -214,7 +215,7 @@ def serve(
 
         ingot serve runs/quickstart-20261124-101500-1a2b3c/package
 
-        curl -s localhost:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "Once", "max_tokens": 20}'
+        curl localhost:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "Once"}'
     """
 
     def work() -> None:
@@ -305,7 +306,7 @@ def main() -> None:
 
 
 def _guarded(work: Callable[[], None], debug: bool) -> None:
-    """Run `work`; an error that the user can mend becomes one message and its exit code, anything else keeps its traceback."""
+    """Run `work`; an error that the user can mend becomes one message, anything else keeps its traceback."""
     try:
         work()
     except IngotError as error:
@@ -341,7 +342,7 @@ def _result(as_json: bool, values: dict[str, Any], text: str) -> None:
 def _score_table(result: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="bold")
     for column in result["columns"]:
-        table.add_column(column, justify="left" if column == result["columns"][0] else "right")
+        table.add_column(column, no_wrap=True, justify="left" if column == result["columns"][0] else "right")
     for row in result["table"]:
         table.add_row(*(str(row[column]) for column in result["columns"]))
     return table
@@ -364,7 +365,3 @@ def _show_summary(result: dict[str, Any]) -> None:
         out.print(f"[bold]{name:<11}[/]{_short(Path(path))}", highlight=False, soft_wrap=True)
     if "package" in result["paths"]:
         out.print(f"\nnext: ingot serve {_short(Path(result['paths']['package']))}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

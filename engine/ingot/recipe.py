@@ -30,7 +30,8 @@ class Model(Section):
     """Which model to start from."""
 
     source: str = Field(min_length=1)
-    """Where the model is: `ingot://nano` (embedded), `hf://org/name`, `package://python_package/folder`, or a folder."""
+    """Where the model is: `ingot://nano` (embedded), `hf://org/name`, `package://python_package/folder`, or a folder.
+    """
     revision: str | None = None
     """Commit, tag or branch of an `hf://` source. None: the hub's default branch."""
     initialization: Literal["pretrained", "random"] = "pretrained"
@@ -50,7 +51,9 @@ class Source(Section):
     """One set of rows."""
 
     uri: str = Field(min_length=1)
-    """File, folder, glob, `ingot://NAME` (generated), or `hf://datasets/ID`. Relative paths start at the recipe's folder."""
+    """File, folder, glob, `ingot://NAME` (generated), or `hf://datasets/ID`. Relative paths start at the recipe's
+    folder.
+    """
     format: Literal[
         "auto", "jsonl", "json", "csv", "tsv", "parquet", "conll", "text", "text-pair", "hf", "generated"
     ] = "auto"
@@ -92,7 +95,9 @@ class Data(Section):
     max_train_rows: Positive | None = None
     """Learn from this many rows, drawn with `split_seed`. None: all."""
     max_tokens: Positive = 1024
-    """Longest row in tokens; what is longer loses its end. A row that loses every trainable token is dropped and counted."""
+    """Longest row in tokens; what is longer loses its end. A row that loses every trainable token is dropped and
+    counted.
+    """
     max_bad_rows: int = Field(default=0, ge=0)
     """How many unreadable rows are tolerated (counted and reported) before the run stops."""
 
@@ -157,7 +162,8 @@ class Train(Section):
     max_steps: Positive | None = None
     """Optimizer steps. None: from `epochs`."""
     tokens_per_step: Positive = 8192
-    """Tokens (not counting padding) of one optimizer step, over all ranks. Rows are not cut to fit: a step takes rows until the
+    """Tokens (not counting padding) of one optimizer step, over all ranks. Rows are not cut to fit: a step takes rows
+    until the
     next one would exceed this."""
     tokens_per_microbatch: Positive = 4096
     """Tokens (counting padding) of one forward pass on one rank. Changes memory and speed, never the gradient."""

@@ -1,4 +1,6 @@
-"""A run's folder: what is where in it, and what has been done so far. Everything a verb leaves behind goes through here."""
+"""A run's folder: what is where in it, and what has been done so far. Everything a verb leaves behind goes through
+here.
+"""
 
 import json
 import os

@@ -29,6 +29,7 @@ from ingot.model.load import (
     context_length,
     load_model,
     load_tokenizer,
+    pad_id,
     parameter_counts,
     resolve_dtype,
     resolve_pooling,
@@ -74,8 +75,7 @@ def prepare(recipe: Recipe, home: Path) -> Prepared:
             f"none of {len(splits.train)} training rows keeps a trainable token; raise it",
         )
     watched, _ = encode_all(splits.validation, tokenizer, recipe.data, recipe.objective, splits.labels)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return Prepared(tokenizer, splits, Rows(encoded, watched, pad_id), dropped)
+    return Prepared(tokenizer, splits, Rows(encoded, watched, pad_id(tokenizer)), dropped)
 
 
 def resolve(recipe: Recipe, home: Path, ranks: Ranks, device: torch.device) -> Recipe:
@@ -101,7 +101,8 @@ def finetune(
 
     Args:
         recipe: a Recipe, or the path of a recipe file.
-        home: where the recipe's relative paths start. None: the recipe file's folder, or the working folder for a Recipe.
+        home: where the recipe's relative paths start. None: the recipe file's folder, or the working folder for a
+        Recipe.
         resume: folder of an interrupted run to continue; its recipe must be the same.
         progress: where progress is shown.
 
@@ -134,7 +135,8 @@ def finetune(
 
 
 def evaluate(run: Run | Path, *, progress: Progress = QUIET) -> tuple[Evaluation | None, Evaluation, Comparison | None]:
-    """Measure a run's base model (if the recipe asks for it) and tuned model on the same test rows, and test the difference.
+    """Measure a run's base model (if the recipe asks for it) and tuned model on the same test rows, and test the
+    difference.
 
     Returns (base, tuned, comparison); they are saved in the run's `evaluation` folder.
     """
@@ -223,8 +225,10 @@ def run(
 ) -> dict[str, Any]:
     """The whole path: fine-tune, evaluate base and tuned, package, verify, ask the endpoint one question.
 
-    Returns the summary that is also saved as the run's summary.json: `metrics.base` and `metrics.tuned` (each metric: value,
-    interval), `comparison`, `stages` with seconds, `paths`, `question` and `answer`. With `resume`, finished stages are kept.
+    Returns the summary that is also saved as the run's summary.json: `metrics.base` and `metrics.tuned` (each metric:
+    value,
+    interval), `comparison`, `stages` with seconds, `paths`, `question` and `answer`. With `resume`, finished stages
+    are kept.
     """
     recipe, home = _opened(recipe, home)
     if resume is not None and open_run(resume).finished("finetune"):
@@ -378,7 +382,8 @@ def _export(
             raise ModelError(
                 "adapter",
                 dead[0],
-                f"{len(dead)} of {len(initial)} adapter tensors did not change in {fitted.final_step} steps; raise optim.lr",
+                f"{len(dead)} of {len(initial)} adapter tensors did not change in {fitted.final_step} steps; "
+                "raise optim.lr",
             )
         adapters.save_adapter(model, run.adapter, recipe.model.source.removeprefix("hf://"))
         rows = (prepared.rows.validation or prepared.rows.train)[:4]
@@ -498,7 +503,8 @@ def inspect(recipe: Recipe, home: Path, part: str, count: int, console: Any) -> 
         return
     view.render(rows[:count], tokenizer, console)
     console.print(
-        f"{part}: {len(rows):,} of {len(examples):,} rows usable; {dropped.truncated:,} cut at {recipe.data.max_tokens} tokens",
+        f"{part}: {len(rows):,} of {len(examples):,} rows usable; "
+        f"{dropped.truncated:,} cut at {recipe.data.max_tokens} tokens",
         highlight=False,
     )
 

@@ -17,7 +17,7 @@ from ingot.data.template import Encoded, encode_all, prompt_ids, prompt_text, re
 from ingot.errors import DataError, RecipeError
 from ingot.evaluation.runner import Evaluation, Item, evaluate_likelihoods, evaluate_texts, merge_items
 from ingot.model.generate import context_limit, generate
-from ingot.model.load import Tokenizer, logits_of
+from ingot.model.load import Tokenizer, logits_of, pad_id
 from ingot.recipe import Recipe
 
 Tick = Callable[[int], None]
@@ -32,7 +32,8 @@ def choose(examples: Sequence[Example], recipe: Recipe) -> list[Example]:
 
 
 def make_items(examples: Sequence[Example], tokenizer: Tokenizer, recipe: Recipe, context: int | None) -> list[Item]:
-    """Test rows -> what is asked and what should come back. A prompt that leaves no room for the answer is a DataError."""
+    """Test rows -> what is asked and what should come back. A prompt that leaves no room for the answer is a DataError.
+    """
     generating = recipe.objective.task in ("chat-completion", "text-generation")
     items = []
     for example in examples:
@@ -100,10 +101,6 @@ def _batches(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
     return microbatches(range(len(rows)), lengths, 0, 1, max(tokens, max(lengths)))
 
 
-def _pad_id(tokenizer: Tokenizer) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-
-
 def _class_probabilities(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -116,7 +113,7 @@ def _class_probabilities(
     device = next(model.parameters()).device
     found: list[list[float]] = [[] for _ in rows]
     for part in _batches(rows, recipe.evaluate.tokens_per_batch):
-        batch = collate([rows[i] for i in part], _pad_id(tokenizer))
+        batch = collate([rows[i] for i in part], pad_id(tokenizer))
         logits_BC = logits_of(model(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device)))
         for index, row in zip(part, logits_BC.softmax(-1).tolist(), strict=True):
             found[index] = row
@@ -132,7 +129,7 @@ def _row_losses(
     device = next(model.parameters()).device
     sums, counts = [0.0] * len(rows), [0] * len(rows)
     for part in _batches(rows, recipe.evaluate.tokens_per_batch):
-        batch = collate([rows[i] for i in part], _pad_id(tokenizer))
+        batch = collate([rows[i] for i in part], pad_id(tokenizer))
         logits_BTV = logits_of(
             model(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device), use_cache=False)
         )

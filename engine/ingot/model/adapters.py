@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: attach, save, merge, and proofs that they are alive. The only file that imports peft."""
+"""Low-rank adapters: attach, save, merge, and proofs that they are alive. The only file that imports peft."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,8 @@ PEFT_TASKS = {"text-classification": "SEQ_CLS"}
 def attach_adapter(model: nn.Module, adapter: Adapter, task: Task, seed: int) -> nn.Module:
     """Freeze `model` and add low-rank updates in float32; a classifier's head is trained as a whole.
 
-    Raises RecipeError when `adapter.targets` names no linear layer of this model. `kind: none` returns the model with every
+    Raises RecipeError when `adapter.targets` names no linear layer of this model. `kind: none` returns the model with
+    every
     weight trainable.
     """
     if adapter.kind == "none":
@@ -80,7 +81,8 @@ def dead_tensors(model: nn.Module, initial: dict[str, Tensor]) -> list[str]:
 def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     """Write peft's own layout (adapter_config.json, adapter_model.safetensors) and read it back.
 
-    `base_name` is what the configuration calls the base: a name that means the same on another machine, not a path of this one.
+    `base_name` is what the configuration calls the base: a name that means the same on another machine, not a path of
+    this one.
     Raises IngotError when the file holds an empty tensor or fewer tensors than were trained.
     """
     model.save_pretrained(
@@ -97,7 +99,8 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty or len(shapes) < trained:
         raise IngotError(
-            f"the saved adapter holds {len(shapes)} tensors for {trained} trained ones, {len(empty)} of them empty: {empty[:3]}"
+            f"the saved adapter holds {len(shapes)} tensors for {trained} trained ones, "
+            f"{len(empty)} of them empty: {empty[:3]}"
         )
 
 
@@ -105,8 +108,10 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
 def merge(model: PeftModel, probes: Sequence[dict[str, Tensor]]) -> tuple[nn.Module, float]:
     """Fold the adapter into the base weights; return the plain model and the largest relative difference of logits.
 
-    `probes` are keyword arguments of forward. The difference is max|merged - unmerged| / max|unmerged| over all of them; over
-    0.001 (float32) or 0.05 (bfloat16) raises IngotError, because the merged model would not be the one that was trained.
+    `probes` are keyword arguments of forward. The difference is max|merged - unmerged| / max|unmerged| over all of
+    them; over
+    0.001 (float32) or 0.05 (bfloat16) raises IngotError, because the merged model would not be the one that was
+    trained.
     """
     model.eval()
     before = [logits_of(model(**probe)) for probe in probes]
@@ -120,6 +125,7 @@ def merge(model: PeftModel, probes: Sequence[dict[str, Tensor]]) -> tuple[nn.Mod
     limit = 1e-3 if dtype == torch.float32 else 5e-2
     if not worst <= limit:
         raise IngotError(
-            f"the merged model's logits differ from the adapter's by {worst:.2g} of their size (at most {limit:g} for {dtype})"
+            f"the merged model's logits differ from the adapter's by {worst:.2g} of their size "
+            f"(at most {limit:g} for {dtype})"
         )
     return merged, worst

@@ -1,4 +1,6 @@
-"""A trained model -> a complete Hugging Face folder that any engine can load: weights, configuration, tokenizer, template."""
+"""A trained model -> a complete Hugging Face folder that any engine can load: weights, configuration, tokenizer,
+template.
+"""
 
 import json
 import os
@@ -20,13 +22,16 @@ def export_model(
 ) -> Path:
     """Write `model` (already merged) in `dtype` with its tokenizer and `facts` (ingot.json) to `folder`, in one step.
 
-    An older folder of that name is replaced only when the new one is complete. Raises CheckpointError when the disk fails.
+    An older folder of that name is replaced only when the new one is complete. Raises CheckpointError when the disk
+    fails.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        model.to(dtype).save_pretrained(partial)
+        model.to(dtype)
+        save: Any = model.save_pretrained  # nn.Module knows nothing of it; both of our kinds of model have it
+        save(partial)
         tokenizer.save_pretrained(partial)
         (partial / "ingot.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -34,13 +39,16 @@ def export_model(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"the model could not be written to {folder} ({getattr(error, 'strerror', None) or error}); its checkpoints are untouched: free some disk, then --resume"
+            f"the model could not be written to {folder} ({getattr(error, 'strerror', None) or error}); "
+            "its checkpoints are untouched: free some disk, then --resume"
         ) from error
     return folder
 
 
 def probes(rows: Sequence[Any], device: torch.device) -> list[dict[str, Tensor]]:
-    """Single rows (`ids` each) as forward arguments, for comparing a model before and after merging. No padding: ids_1T."""
+    """Single rows (`ids` each) as forward arguments, for comparing a model before and after merging. No padding:
+    ids_1T.
+    """
     return [
         {
             "input_ids": torch.tensor([row.ids], device=device),

@@ -3,7 +3,7 @@
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.source import model_folder
 from ingot.recipe import Model, Task
 
-Tokenizer = PreTrainedTokenizerBase
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -38,7 +38,8 @@ def cpu_has_bf16() -> bool:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`model.dtype` -> float32 or bfloat16 for `device`; an explicit bfloat16 that would crawl is refused.
 
-    auto on a CPU is float32 even where it has bfloat16 units: at the sizes that train on a CPU float32 is as fast and exact.
+    auto on a CPU is float32 even where it has bfloat16 units: at the sizes that train on a CPU float32 is as fast and
+    exact.
     """
     if name == "float32":
         return torch.float32
@@ -135,7 +136,8 @@ def _load_classifier(
         )
     if kind is not AutoModel:
         return loaded
-    # The pooler of BERT-like encoders is not on the path of mean pooling: left in, it would be a trainable part that never moves.
+    # The pooler of BERT-like encoders is not on the path of mean pooling: left in, it would be a trainable part that
+    # never moves.
     if getattr(loaded, "pooler", None) is not None:
         loaded.pooler = None
     return MeanPoolClassifier(loaded, len(labels))
@@ -145,6 +147,11 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) numbers of parameters; tied weights count once."""
     sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
     return sum(n for trainable, n in sizes if trainable), sum(n for _, n in sizes)
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id that fills up batches. Padding is masked by position, so eos or 0 will do where there is no pad token."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def logits_of(output: Any) -> torch.Tensor:

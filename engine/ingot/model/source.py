@@ -24,7 +24,8 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"
 def model_folder(model: Model, folder: Path, *, weights: bool = True, tokenizer: bool = True) -> Path:
     """Return the local folder of `model.source`; a relative path starts at `folder`.
 
-    Raises ModelError when it is missing, has no configuration, no tokenizer (if `tokenizer`), no safetensors weights (if
+    Raises ModelError when it is missing, has no configuration, no tokenizer (if `tokenizer`), no safetensors weights
+    (if
     `weights`: pickle files are never opened), or asks for remote code that the recipe does not allow.
     """
     scheme, _, rest = model.source.rpartition("://")
@@ -122,7 +123,8 @@ def _check(model: Model, path: Path, weights: bool, tokenizer: bool) -> None:
             raise ModelError(
                 "model.source",
                 model.source,
-                f"only pickle weights ({pickles[0]}): loading them can run any code, so Ingot refuses; convert them to safetensors",
+                f"only pickle weights ({pickles[0]}): loading them can run any code, so Ingot refuses; "
+                "convert them to safetensors",
             )
         raise ModelError("model.source", model.source, "the folder has no *.safetensors weights")
     if tokenizer and not any(name in names for name in TOKENIZER_FILES):

@@ -31,7 +31,8 @@ class Sharded:
             return (self.wrapped if torch.is_grad_enabled() else self.plain)(**inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of this rank's part of the global loss (already divided by the global number of targets).
+        """Accumulate gradients of this rank's part of the global loss (already divided by the global number of
+        targets).
 
         DDP averages over ranks, so the part is scaled by their number: the result is the exact global gradient.
         """
@@ -39,7 +40,9 @@ class Sharded:
 
     @contextlib.contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
-        """Context for forward and backward of one microbatch; gradients travel between ranks on the `last` one of a step."""
+        """Context for forward and backward of one microbatch; gradients travel between ranks on the `last` one of a
+        step.
+        """
         if last or not isinstance(self.wrapped, DistributedDataParallel):
             yield
         else:
@@ -52,7 +55,7 @@ def recompute_blocks(model: nn.Module) -> None:
 
     The non-reentrant kind: with the reentrant one and frozen embeddings adapters get no gradient and stay at zero.
     """
-    inner = getattr(model, "backbone", model)
+    inner: Any = getattr(model, "backbone", model)
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

@@ -58,7 +58,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progr
         last = folder / "last"
         kept = f"the last good one is {last.resolve()}" if last.exists() else "there is none before it"
         raise CheckpointError(
-            f"checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); {kept}. Free some disk, then --resume"
+            f"checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); {kept}. "
+            "Free some disk, then --resume"
         ) from error
     _prune(folder, keep)
     return final
@@ -74,7 +75,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
         raise CheckpointError(f"no usable checkpoint at {path} ({error})") from error
     if progress.recipe_hash != recipe_hash:
         raise CheckpointError(
-            f"{path} was written by another recipe (hash {progress.recipe_hash}, now {recipe_hash}); start a new run, or restore its recipe"
+            f"{path} was written by another recipe (hash {progress.recipe_hash}, now {recipe_hash}); "
+            "start a new run, or restore its recipe"
         )
     parameters = dict(trainable_tensors(model))
     if parameters.keys() != weights.keys():

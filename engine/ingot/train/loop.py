@@ -1,4 +1,6 @@
-"""The training loop: steps planned ahead, one loss divisor, checkpoints, and a clean stop. No integration is named here."""
+"""The training loop: steps planned ahead, one loss divisor, checkpoints, and a clean stop. No integration is named
+here.
+"""
 
 import math
 import signal
@@ -88,10 +90,11 @@ def fit(
 ) -> Fitted:
     """Train `sharded` on `rows.train`; leave the best or last weights in it, as `train.final` says.
 
-    Checkpoints go to `folder`. With `resume` the newest of them is continued, exactly. Raises Interrupted (after a checkpoint) on
+    Checkpoints go to `folder`. With `resume` the newest of them is continued, exactly. Raises Interrupted (after a
+    checkpoint) on
     SIGINT or SIGTERM, CheckpointError when the disk fails, IngotError when the loss is not finite.
     """
-    train, ranks = recipe.train, sharded.ranks
+    train = recipe.train
     lengths = [len(row.ids) for row in rows.train]
     plan = plan_steps(lengths, train)
     optimizer = make_optimizer(sharded.plain, recipe.optim)
@@ -121,13 +124,13 @@ def fit(
                 done % save_every == 0
                 or done == len(plan)
                 or stop
-                or state.validation_loss is not None
-                and state.best_step == done
+                or (state.validation_loss is not None and state.best_step == done)
             ):
                 _save(sharded, folder, optimizer, state, train.keep_checkpoints)
             if stop and done < len(plan):
                 raise Interrupted(
-                    f"stopped after step {done} of {len(plan)}; everything up to it is in {folder / 'last'}. Continue with --resume"
+                    f"stopped after step {done} of {len(plan)}; everything up to it is in {folder / 'last'}. "
+                    "Continue with --resume"
                 )
             meter.resume()
     final = "best" if train.final == "best" and state.best_step is not None else "last"
@@ -148,12 +151,15 @@ def _train_step(
     step: int,
     stop: bool,
 ) -> tuple[float, float, bool]:
-    """One optimizer step over the rows at `indices`: returns (mean loss, gradient norm, whether any rank wants to stop)."""
+    """One optimizer step over the rows at `indices`: returns (mean loss, gradient norm, whether any rank wants to
+    stop).
+    """
     ranks, train = sharded.ranks, recipe.train
     objective = OBJECTIVES[recipe.objective.task]
     divisor = n_targets(chosen)  # of ALL ranks: every rank knows the whole plan, so nothing has to be communicated
     sharded.wrapped.train()
-    # Dropout is a function of (seed, step, rank), so a resumed run draws the same masks without stored generator states.
+    # Dropout is a function of (seed, step, rank), so a resumed run draws the same masks without stored generator
+    # states.
     torch.manual_seed((train.seed * 1_000_003 + step) * 1_024 + ranks.rank)
     batches = [
         [rows.train[i] for i in part]
@@ -173,7 +179,8 @@ def _train_step(
     norm = clip(sharded.plain, recipe.optim.clip_grad_norm).item()
     if not (math.isfinite(mean) and math.isfinite(norm)):
         raise IngotError(
-            f"step {step + 1}: loss {mean}, gradient norm {norm}; nothing was updated by it. Rows: {', '.join(r.where for r in chosen[:3])} ... "
+            f"step {step + 1}: loss {mean}, gradient norm {norm}; nothing was updated by it. "
+            f"Rows: {', '.join(row.where for row in chosen[:3])} ... "
             "Lower optim.lr, or use model.dtype=float32"
         )
     optimizer.step()
@@ -237,7 +244,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     def note(number: int, _frame: object) -> None:
         nonlocal seen
         seen = True
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:

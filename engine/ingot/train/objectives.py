@@ -1,10 +1,12 @@
-"""Objectives: (sharded model, batch, divisor, section) -> loss. Each sums over its targets and divides ONCE by the global count.
+"""Objectives: (sharded model, batch, divisor, section) -> loss. Each sums over its targets and divides ONCE by the
+global count.
 
 B rows, T tokens, K positions kept, V vocabulary, C classes.
 """
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,8 +25,10 @@ def next_token(sharded: Sharded, batch: Batch, divisor: int, section: Objective)
     targets_BT = F.pad(batch.labels_BT[:, 1:], (0, 1), value=IGNORE)  # position t predicts token t+1
     extra = {}
     if _keeps_positions(sharded.plain):
-        # Only positions that predict a target in some row go through the head: on chat data that is a third of the work of
-        # small-vocabulary models and most of the memory of large ones. Found on the CPU, where it costs no synchronization.
+        # Only positions that predict a target in some row go through the head: on chat data that is a third of the
+        # work of
+        # small-vocabulary models and most of the memory of large ones. Found on the CPU, where it costs no
+        # synchronization.
         kept_K = (targets_BT != IGNORE).any(0).nonzero().squeeze(1)
         targets_BT = targets_BT[:, kept_K]
         extra["logits_to_keep"] = kept_K.to(device)
@@ -66,5 +70,6 @@ OBJECTIVES: dict[str, Loss] = {
 
 
 def _keeps_positions(model: nn.Module) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)  # peft's wrapper takes anything and hides the names
+    base = unwrap()
     return "logits_to_keep" in inspect.signature(base.forward).parameters

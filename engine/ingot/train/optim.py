@@ -1,6 +1,7 @@
 """AdamW and its learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,14 @@ from ingot.recipe import Optim
 def make_optimizer(model: nn.Module, section: Optim) -> torch.optim.AdamW:
     """AdamW over everything trainable; only matrices that are no embeddings are decayed."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for _, parameter in trainable_tensors(model):
         (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": section.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=section.lr, betas=section.betas, eps=section.eps, fused=True
     )

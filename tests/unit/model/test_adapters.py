@@ -74,7 +74,8 @@ def test_encoder_trains_its_head_too_and_merges():
     train_a_little(model.train())
     assert adapters.dead_tensors(model, initial) == []
     merged, difference = adapters.merge(model, [PROBE])
-    assert isinstance(merged, MeanPoolClassifier) and difference < 1e-4
+    assert isinstance(merged, MeanPoolClassifier)
+    assert difference < 1e-4
 
 
 def test_adapter_that_never_moved_is_named():

@@ -56,7 +56,9 @@ def test_pickle_only_model_is_refused_with_the_reason(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     message = refused("my-model", tmp_path)
-    assert "pytorch_model.bin" in message and "can run any code" in message and "convert" in message
+    assert "pytorch_model.bin" in message
+    assert "can run any code" in message
+    assert "convert" in message
 
 
 def test_remote_code_is_refused_unless_the_recipe_says_so(folder, tmp_path):
@@ -95,5 +97,6 @@ def test_hub_model_offline_fails_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     message = refused("hf://Qwen/ingot-test-absent", tmp_path, revision="abc")
-    assert "hub cannot be reached" in message and "local folder" in message
+    assert "hub cannot be reached" in message
+    assert "local folder" in message
     assert calls == [("Qwen/ingot-test-absent", "abc", 10)]

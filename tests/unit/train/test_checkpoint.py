@@ -88,5 +88,5 @@ def test_damaged_checkpoint_is_an_error_with_its_path(trained, tmp_path, damage)
         weights.write_bytes(weights.read_bytes()[:100])
     else:
         state.write_text("{")
-    with pytest.raises(CheckpointError, match="step-000001|last"):
+    with pytest.raises(CheckpointError, match=r"step-000001|last"):
         checkpoint.load(tmp_path / "last", model, optimizer, "hash")

@@ -51,7 +51,7 @@ def test_equals_a_plain_loop_in_ten_lines(sharded, rows, make_recipe, make_model
 
 
 def gradients(sharded, rows, chosen, world, budget, recipe):
-    """The global gradient of one step, cut into `world` ranks and microbatches of `budget` tokens, one after the other."""
+    """The global gradient of one step, cut into `world` ranks and microbatches of `budget` tokens."""
     sharded.plain.zero_grad()
     lengths = [len(row.ids) for row in rows.train]
     divisor = n_targets([rows.train[i] for i in chosen])
