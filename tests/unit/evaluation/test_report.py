@@ -1,0 +1,58 @@
+"""How scores are written for people and for scripts."""
+
+import pytest
+
+from ingot.evaluation.report import metrics_json, p_text, table, with_interval
+from ingot.evaluation.runner import Comparison, Score
+from ingot.evaluation.statistics import Paired
+
+
+def score(value: float, low: float, high: float, **details: object) -> Score:
+    return Score(value, low, high, 50, True, details)
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [
+        (score(0.8734, 0.84, 0.9031), "0.873 [0.840, 0.903]"),
+        (score(1.0, 1.0, 1.0), "1.000 [1.000, 1.000]"),
+        (score(41.26, 39.0, 43.55), "41.3 [39.0, 43.5]"),
+        (score(0.0, 0.0, 0.0), "0.000 [0.000, 0.000]"),
+    ],
+)
+def test_a_score_with_its_interval(shown: Score, text: str) -> None:
+    assert with_interval(shown) == text
+
+
+@pytest.mark.parametrize(("p", "text"), [(1.0, "1.000"), (0.0312, "0.031"), (0.0004, "< 0.001"), (0.0, "< 0.001")])
+def test_p_values(p: float, text: str) -> None:
+    assert p_text(p) == text
+
+
+def test_metrics_json() -> None:
+    assert metrics_json({"bleu": score(40.0, 38.0, 42.0, signature="nrefs:1")}) == {
+        "bleu": {"value": 40.0, "interval": [38.0, 42.0], "n": 50, "signature": "nrefs:1"}
+    }
+
+
+def test_a_table_prefers_the_exact_test() -> None:
+    base, tuned = {"accuracy": score(0.5, 0.4, 0.6)}, {"accuracy": score(0.7, 0.6, 0.8)}
+    exact = Comparison({"accuracy": Paired(0.2, 0.1, 0.3, 0.5, 0.012, 50)})
+    resampled = Comparison({"accuracy": Paired(0.2, 0.1, 0.3, 0.5, None, 50)})
+    assert table(base, tuned, exact) == [
+        {
+            "metric": "accuracy",
+            "base": "0.500 [0.400, 0.600]",
+            "tuned": "0.700 [0.600, 0.800]",
+            "difference": "+0.200 [+0.100, +0.300]",
+            "p": "0.012",
+        }
+    ]
+    assert table(base, tuned, resampled)[0]["p"] == "0.500"
+
+
+def test_a_table_has_only_what_was_measured() -> None:
+    scores = {"accuracy": score(0.5, 0.4, 0.6), "f1_macro": score(0.4, 0.3, 0.5)}
+    assert [list(row) for row in table(None, scores, None)] == [["metric", "tuned"]] * 2
+    assert [list(row) for row in table(scores, None, None)] == [["metric", "base"]] * 2
+    assert table(None, None, None) == []
