@@ -62,8 +62,8 @@ def _mlflow_serve(package: Path, place: Path) -> Iterator[str]:
                     httpx.get(f"{url}/ping", trust_env=False).raise_for_status()
                     break
                 except httpx.HTTPError:
-                    late = time.monotonic() > deadline
-                    assert server.poll() is None and not late, (place / "server.log").read_text()[-3000:]
+                    running = server.poll() is None and time.monotonic() < deadline
+                    assert running, (place / "server.log").read_text()[-3000:]
                     time.sleep(0.3)
             yield url
         finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from ingot.data.conversation import Conversation, Message, PromptCompletion
 from ingot.data.template import prompt_ids
@@ -76,6 +76,16 @@ def test_an_answer_does_not_depend_on_its_batch(endless: Any, temperature: float
     assert together == alone
 
 
+def test_left_padding_keeps_absolute_positions(endless: Any) -> None:
+    """Llama's rotary positions are relative and would hide a shift; GPT-2's are learned one by one."""
+    _, tokenizer, prompts = endless
+    torch.manual_seed(0)
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), eos_token_id=None, bos_token_id=None, **sizes)).eval()
+    answers = generate(model, tokenizer, prompts, max_new_tokens=20)
+    assert [answer.ids for answer in answers] == [_reference(model, prompt, 20) for prompt in prompts]
+
+
 def test_rows_that_end_leave_the_others_as_they_were(endless: Any) -> None:
     model, tokenizer, prompts = endless
     free = generate(model, tokenizer, prompts, max_new_tokens=20)
@@ -136,9 +146,9 @@ def test_batches_keep_to_the_token_budget(endless: Any, monkeypatch: pytest.Monk
         return forward(input_ids=input_ids, **options)
 
     monkeypatch.setattr(model, "forward", spy)
-    generate(model, tokenizer, prompts, max_new_tokens=4, tokens_per_batch=60)
+    generate(model, tokenizer, prompts, max_new_tokens=16, tokens_per_batch=90)
     assert max(rows for rows, _ in seen) > 1
-    assert max(rows * tokens for rows, tokens in seen) <= 60
+    assert max(rows * tokens for rows, tokens in seen) <= 90
 
 
 def test_a_stop_string_ends_the_text_before_it(endless: Any) -> None:
@@ -209,6 +219,8 @@ def test_seeds_repeat_and_differ(endless: Any) -> None:
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
     assert draw(None) != draw(None)
+    twins = generate(model, tokenizer, prompts[:1] * 2, max_new_tokens=12, temperature=1.0, seed=1)
+    assert twins[0].ids != twins[1].ids
 
 
 @pytest.mark.parametrize("stop_at", [None, 6])

@@ -59,6 +59,8 @@ def test_parameters_reach_the_runtime(text_folder: Path) -> None:
     asked = {"max_tokens": 4, "temperature": 1.0, "top_p": 0.9, "stop": ["zzz"], "seed": 3}
     wanted = model.runtime.complete("Hello!", max_new_tokens=4, temperature=1.0, top_p=0.9, stop=["zzz"], seed=3)
     assert _texts(model.predict(row, asked)) == [wanted.text]
+    unseeded = defaults | {"temperature": 1.0}
+    assert _texts(model.predict(row, unseeded)) != _texts(model.predict(row, unseeded))
 
 
 def test_labels_with_probability(mean_folder: Path) -> None:

@@ -205,6 +205,8 @@ def test_defaults_of_the_packaged_signature_mean_not_given(text: TestClient) -> 
     params = {"max_tokens": 0, "temperature": 0.0, "top_p": 1.0, "stop": [], "seed": -1}
     body = {"inputs": ["Hello!"], "params": params}
     assert text.post(MLFLOW, json=body).json() == {"predictions": [{"output_string": wanted}]}
+    unseeded = {"inputs": ["Hello!"], "params": params | {"temperature": 1.0}}
+    assert text.post(MLFLOW, json=unseeded).json() != text.post(MLFLOW, json=unseeded).json()
 
 
 def test_labels(mean_folder: Path) -> None:
