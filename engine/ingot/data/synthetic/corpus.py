@@ -79,7 +79,9 @@ def _asked_record(rng: Random) -> str:
         rng.shuffle(names)
         names = names[: rng.randint(1, len(names))]
     record = {name: values[situation.fields[name]] for name in names}
-    return chat(f"{text} {rng.choice(('Fields', 'Record', 'JSON'))}: {', '.join(names)}", json.dumps(record, ensure_ascii=False))
+    return chat(
+        f"{text} {rng.choice(('Fields', 'Record', 'JSON'))}: {', '.join(names)}", json.dumps(record, ensure_ascii=False)
+    )
 
 
 def _summary(rng: Random) -> str:
@@ -104,7 +106,9 @@ def _rewording(rng: Random) -> str:
     said, again = (fill(Random(seed), pattern, ODD) for pattern in (first, second))
     if said[1] != again[1] or HELD_OUT.search(f"{skeleton(first)}. {skeleton(second)}"):
         return _summary(rng)
-    return chat(f"{rng.choice(('Say it in other words', 'Another way to say it', 'Reword'))}: {said[0]}.", f"{again[0]}.")
+    return chat(
+        f"{rng.choice(('Say it in other words', 'Another way to say it', 'Reword'))}: {said[0]}.", f"{again[0]}."
+    )
 
 
 def _questions(rng: Random) -> str:
@@ -145,7 +149,9 @@ def _conversion(rng: Random) -> str:
 def _currency(rng: Random) -> str:
     code = rng.choice(CODES)
     word, sign = CURRENCIES[code]
-    return rng.choice((f"The code of {word} is {code}, the sign is {sign.strip()}.{END}", chat(f"Which code do {word} have?", code)))
+    return rng.choice(
+        (f"The code of {word} is {code}, the sign is {sign.strip()}.{END}", chat(f"Which code do {word} have?", code))
+    )
 
 
 def _meaning(rng: Random) -> str:
@@ -167,7 +173,10 @@ def _kind_of_word(rng: Random) -> str:
 
 
 def _copy(rng: Random) -> str:
-    words = [rng.choice((invented(rng, rng.randint(1, 4)), str(rng.randint(0, 99999)), person(rng), order(rng))) for _ in range(rng.randint(1, 4))]
+    words = [
+        rng.choice((invented(rng, rng.randint(1, 4)), str(rng.randint(0, 99999)), person(rng), order(rng)))
+        for _ in range(rng.randint(1, 4))
+    ]
     return chat(f"Repeat: {' '.join(words)}", " ".join(words))
 
 
@@ -176,7 +185,13 @@ def _prose(rng: Random) -> str:
 
 
 def _json_document(rng: Random) -> str:
-    values = fill(rng, rng.choice(("{person} {city} {date}", "{company} {money}", "{order} {city} {amount}", "{task} {time} {person}")), ODD)[1]
+    values = fill(
+        rng,
+        rng.choice(
+            ("{person} {city} {date}", "{company} {money}", "{order} {city} {amount}", "{task} {time} {person}")
+        ),
+        ODD,
+    )[1]
     if rng.random() < 0.3:
         values = {"id": rng.randint(1, 999), "data": values}
     if rng.random() < 0.2:

@@ -194,12 +194,24 @@ TRAIN: dict[str, tuple[str, ...]] = {
 }
 
 VALIDATION: dict[str, tuple[str, ...]] = {
-    "transfer_money": ("I would like to transfer the sum of {money} to {person}.", "{money} must go to {person}, please send it."),
-    "create_invoice": ("write an invoice to {company} for {money}, due by {date}.", "an invoice for {company}: {money}, to pay until {date}."),
-    "schedule_meeting": ("could you set up a call with {person} on {date} at {time}?", "I have to meet {person}, {time}, {date}."),
+    "transfer_money": (
+        "I would like to transfer the sum of {money} to {person}.",
+        "{money} must go to {person}, please send it.",
+    ),
+    "create_invoice": (
+        "write an invoice to {company} for {money}, due by {date}.",
+        "an invoice for {company}: {money}, to pay until {date}.",
+    ),
+    "schedule_meeting": (
+        "could you set up a call with {person} on {date} at {time}?",
+        "I have to meet {person}, {time}, {date}.",
+    ),
     "set_reminder": ("tell me on {date} to {task}.", "I need to remember to {task} on {date}."),
     "get_weather": ("on {date}, how will the weather be in {city}?", "is there rain in {city} on {date}?"),
-    "book_flight": ("I need a flight to {destination} on {date}, starting from {origin}.", "fly me from {origin} to {destination} on {date}."),
+    "book_flight": (
+        "I need a flight to {destination} on {date}, starting from {origin}.",
+        "fly me from {origin} to {destination} on {date}.",
+    ),
     "convert_currency": ("what do I get in {target} for {money}?", "tell me the amount in {target} for {money}."),
     "track_order": ("when will my order {order} be here?", "please tell me about order {order}."),
     NO_TOOL: ("write a story about {thing}.", "who is the mayor of {city}?", "what is your name?"),

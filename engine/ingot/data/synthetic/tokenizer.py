@@ -49,7 +49,9 @@ def build(folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator((row["text"] for row in islice(corpus.rows("train"), DOCUMENTS)), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, SPECIALS.index(BOS))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, SPECIALS.index(BOS))]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
@@ -58,7 +60,11 @@ def build(folder: Path) -> None:
 
 
 def _configurations() -> dict[str, dict[str, Any]]:
-    ids = {"bos_token_id": SPECIALS.index(BOS), "eos_token_id": SPECIALS.index(corpus.END), "pad_token_id": SPECIALS.index(PAD)}
+    ids = {
+        "bos_token_id": SPECIALS.index(BOS),
+        "eos_token_id": SPECIALS.index(corpus.END),
+        "pad_token_id": SPECIALS.index(PAD),
+    }
     return {
         "config.json": {
             "architectures": ["LlamaForCausalLM"],

@@ -42,7 +42,9 @@ CHORES = (
     "charge the phone|bring the keys|change the filter|count the stock|print the tickets|mow the lawn|take the medicine|"
     "cut the hedge|finish the slides|collect the keys|empty the bins"
 ).split("|")
-OBJECTS = "the bank|the dentist|the landlord|the doctor|the school|the office|the lawyer|the plumber|the neighbours|the team".split("|")
+OBJECTS = "the bank|the dentist|the landlord|the doctor|the school|the office|the lawyer|the plumber|the neighbours|the team".split(
+    "|"
+)
 MONTHS = "January February March April May June July August September October November December".split()
 CURRENCIES = {"EUR": ("euros", "€"), "USD": ("dollars", "$"), "GBP": ("pounds", "£"), "CHF": ("francs", "CHF "), "JPY": ("yen", "¥"),
               "INR": ("rupees", "₹")}  # fmt: skip
