@@ -86,6 +86,11 @@ class Progress:
         self.quiet = quiet
         self._file = file
 
+    def note(self, text: str) -> None:
+        """Say something that is no progress: what was decided, what was left out."""
+        if not self.quiet:
+            Console(file=self._file or sys.stderr, highlight=False, markup=False, soft_wrap=True).print(text)
+
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Bar]:
         """Show a stage of `total` units while the block runs; a last line says how long it took."""

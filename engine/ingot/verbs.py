@@ -34,6 +34,7 @@ from ingot.model.load import (
     resolve_dtype,
     resolve_pooling,
 )
+from ingot.model.source import model_folder
 from ingot.package.bundle import package_model
 from ingot.package.verify import verify_package
 from ingot.parallel.apply import Sharded, parallelize, recompute_blocks
@@ -60,22 +61,45 @@ class Prepared:
     dropped: DroppedReport
 
 
-def prepare(recipe: Recipe, home: Path) -> Prepared:
+def prepare(recipe: Recipe, home: Path, progress: Progress = QUIET) -> Prepared:
     """Read, split and encode the data. All errors that the data and the tokenizer can raise are raised here.
 
     Raises DataError when no row with a trainable token is left, ModelError when the tokenizer does not fit the task.
     """
     tokenizer = load_tokenizer(recipe.model, home)
     splits = load_splits(recipe, home)
-    encoded, dropped = encode_all(splits.train, tokenizer, recipe.data, recipe.objective, splits.labels)
+    settings = (tokenizer, recipe.data, recipe.objective, splits.labels)
+    with progress.stage("encode", total=len(splits.train), unit="rows") as bar:
+        encoded, dropped = encode_all(splits.train, *settings, progress=lambda done, _: bar.advance(done - bar.done))
     if not encoded:
-        raise DataError(
-            "data.max_tokens",
-            recipe.data.max_tokens,
-            f"none of {len(splits.train)} training rows keeps a trainable token; raise it",
+        fix = f"none of {len(splits.train)} training rows keeps a trainable token; raise it"
+        raise DataError("data.max_tokens", recipe.data.max_tokens, fix)
+    watched, _ = encode_all(splits.validation, *settings)
+    prepared = Prepared(tokenizer, splits, Rows(encoded, watched, pad_id(tokenizer)), dropped)
+    for line in _findings(prepared, recipe):
+        progress.note(line)
+    return prepared
+
+
+def _findings(prepared: Prepared, recipe: Recipe) -> Iterator[str]:
+    """What the user should know about the data, a line each."""
+    found, dropped = prepared.splits.report, prepared.dropped
+    parts = (f"{count:,} {name} ({found.origins[name]})" for name, count in found.counts.items())
+    yield f"data: {', '.join(parts)}"
+    for name, rows in found.bad_rows.items():
+        if rows:
+            first = rows[0]
+            yield f"data: {len(rows):,} unusable rows left out of {name}; the first is {first.where}: {first.reason}"
+    for name, count in found.shared_with_train.items():
+        if count:
+            yield f"data: {count:,} {name} rows ask what a training row asks too"
+    if dropped.truncated:
+        lost = (
+            f"{dropped.count:,} of them lost every trainable token and are left out"
+            if dropped.count
+            else "all still learn"
         )
-    watched, _ = encode_all(splits.validation, tokenizer, recipe.data, recipe.objective, splits.labels)
-    return Prepared(tokenizer, splits, Rows(encoded, watched, pad_id(tokenizer)), dropped)
+        yield f"data: {dropped.truncated:,} training rows cut at {recipe.data.max_tokens} tokens; {lost}"
 
 
 def resolve(recipe: Recipe, home: Path, ranks: Ranks, device: torch.device) -> Recipe:
@@ -110,11 +134,14 @@ def finetune(
         IngotError: and its children, for everything that the user can mend. Interrupted after Ctrl-C.
     """
     recipe, home = _opened(recipe, home)
-    ranks, device = read_ranks(), None
+    ranks = read_ranks()
+    progress = progress if ranks.main else QUIET
     device = pick_device(ranks)
     recipe = resolve(recipe, home, ranks, device)
+    decided = [f"model.dtype={recipe.model.dtype}", f"parallel.strategy={recipe.parallel.strategy}"]
+    progress.note(f"{recipe.name}: {device.type}, {ranks.world} ranks, {' '.join(decided)}")
     _set_threads(recipe, ranks)
-    prepared = prepare(recipe, home)
+    prepared = prepare(recipe, home, progress)
     _preflight(recipe, home, prepared)
     with process_group(ranks, recipe.parallel, device):
         run = _open_or_create(recipe, home, resume, ranks)
@@ -232,7 +259,7 @@ def run(
     """
     recipe, home = _opened(recipe, home)
     if resume is not None and open_run(resume).finished("finetune"):
-        done = open_run(resume)
+        done = _continued(resolve(recipe, home, read_ranks(), pick_device(read_ranks())), resume)
     else:
         done = finetune(recipe, home=home, resume=resume, progress=progress)
     if not read_ranks().main:
@@ -264,6 +291,7 @@ def _set_threads(recipe: Recipe, ranks: Ranks) -> None:
 
 def _preflight(recipe: Recipe, home: Path, prepared: Prepared) -> None:
     """Everything about the later stages that can be known to fail before training is paid for."""
+    model_folder(recipe.model, home, weights=recipe.model.initialization == "pretrained")
     if recipe.evaluate.enabled:
         examples = choose(prepared.splits.test, recipe)
         items = make_items(examples, prepared.tokenizer, recipe, context_length(recipe.model, home))
@@ -285,7 +313,8 @@ def _open_or_create(recipe: Recipe, home: Path, resume: Path | None, ranks: Rank
     return found
 
 
-def _resumable(recipe: Recipe, folder: Path) -> Run:
+def _continued(recipe: Recipe, folder: Path) -> Run:
+    """The run in `folder`, if it was started with this (resolved) recipe."""
     run = open_run(folder)
     if recipe_hash(run.recipe) != recipe_hash(recipe):
         raise RecipeError(
@@ -293,6 +322,11 @@ def _resumable(recipe: Recipe, folder: Path) -> Run:
             str(folder),
             "it was started with another recipe; start a new run, or restore that recipe (resolved.yaml)",
         )
+    return run
+
+
+def _resumable(recipe: Recipe, folder: Path) -> Run:
+    run = _continued(recipe, folder)
     if run.finished("finetune"):
         raise RecipeError(
             "--resume",
@@ -316,7 +350,9 @@ def _status(run: Run, ranks: Ranks) -> Iterator[None]:
         raise
     finally:
         if ranks.main:
-            run.note(status=status)
+            # The disk that is full for a checkpoint is full for run.json too: the error under way says more.
+            with contextlib.suppress(OSError) if status != "trained" else contextlib.nullcontext():
+                run.note(status=status)
 
 
 def _build(recipe: Recipe, home: Path, labels: tuple[str, ...]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -373,7 +409,7 @@ def _export(
     }
     facts["trainable_parameters"], facts["parameters"] = parameter_counts(model)
     facts["rows"] = len(prepared.rows.train)
-    facts["dropped_rows"] = prepared.dropped.as_dict()
+    facts["data"] = prepared.splits.report.as_dict() | {"truncation": prepared.dropped.as_dict()}
     if recipe.adapter.kind == "lora":
         dead = (
             adapters.dead_tensors(model, initial) if fitted.final_step > 1 else []

@@ -1,6 +1,7 @@
 """Low-rank adapters: attach, save, merge, and proofs that they are alive. The only file that imports peft."""
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def attach_adapter(model: nn.Module, adapter: Adapter, task: Task, seed: int) ->
         task_type=PEFT_TASKS.get(task, "CAUSAL_LM") if hasattr(model, "prepare_inputs_for_generation") else None,
     )
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for a name that is on its way out; nothing that a user could mend
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # float32 master weights also over a bfloat16 base
