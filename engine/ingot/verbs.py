@@ -405,6 +405,7 @@ def _export(
         "steps": fitted.steps,
         "final_step": fitted.final_step,
         "best_validation_loss": fitted.best_loss,
+        "training_seconds": fitted.seconds,
         **fitted.rates,
     }
     facts["trainable_parameters"], facts["parameters"] = parameter_counts(model)
