@@ -32,8 +32,7 @@ def choose(examples: Sequence[Example], recipe: Recipe) -> list[Example]:
 
 
 def make_items(examples: Sequence[Example], tokenizer: Tokenizer, recipe: Recipe, context: int | None) -> list[Item]:
-    """Test rows -> what is asked and what should come back. A prompt that leaves no room for the answer is a DataError.
-    """
+    """Test rows -> what is asked and what should come back. A prompt without room for the answer is a DataError."""
     generating = recipe.objective.task in ("chat-completion", "text-generation")
     items = []
     for example in examples:

@@ -1,8 +1,9 @@
 """Metrics: one table of names (Azure's where it has one), each an exact definition or a library's arithmetic.
 
-A metric turns predictions and references into a `Statistic`: numbers per row from which the value of any resample of the rows
-follows. That is what intervals and paired tests need, and it makes corpus metrics (BLEU, macro F1) as cheap as means.
-Undefined inputs are refused with the reason; a 0 that means "not measurable" is never printed.
+A metric turns predictions and references into a `Statistic`: numbers per row from which the value of any resample of
+the rows follows. That is what intervals and paired tests need, and it makes corpus metrics (BLEU, macro F1) as cheap
+as means. References on which a metric is undefined are refused with the reason, before any model has answered; a 0
+that means "not measurable" is never printed.
 """
 
 # N rows, K numbers per row, C classes
@@ -11,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,37 +23,49 @@ from ingot.recipe import Evaluate, Task
 from ingot.registry import nearest
 
 Array = np.ndarray[Any, np.dtype[Any]]
+References = Sequence[Sequence[str]]
+"""The right answers of every row, one or more each."""
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """Per-row numbers `rows_NK` and the function from their SUM over rows (shape [..., K]) to the value (shape [...])."""
+    """Numbers per row, `rows` [N, K], and the function from their SUM over rows [..., K] to the value [...]."""
 
-    rows_NK: Array
+    rows: Array
     value_of: Callable[[Array], Array]
     details: dict[str, Any] = field(default_factory=dict)
 
     def value(self) -> float:
         """The metric over all rows."""
-        return float(self.value_of(self.rows_NK.sum(0)))
+        return float(self.value_of(self.rows.sum(0)))
 
     def per_row(self) -> list[float] | None:
         """Each row's own score where the metric is a mean of rows; None for corpus metrics."""
-        return self.rows_NK[:, 0].tolist() if self.value_of is mean_of else None
+        return self.rows[:, 0].tolist() if self.value_of is mean_of else None
 
 
-Compute = Callable[[Sequence[str], Sequence[Sequence[str]]], Statistic]
+Compute = Callable[[Sequence[str], References], Statistic]
+
+
+def _always_defined(references: References) -> None:
+    return None
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A name, what it means, and how it is computed. `unit_interval`: it lies between 0 and 1."""
+    """A name, what it means, and how it is computed.
+
+    `undefined` returns why the metric cannot be measured against these references, or None when it can.
+    `unit_interval`: it lies between 0 and 1. `decimals`: how many people read.
+    """
 
     name: str
     doc: str
     compute: Compute
+    undefined: Callable[[References], str | None] = _always_defined
     higher_is_better: bool = True
     unit_interval: bool = True
+    decimals: int = 3
 
 
 def mean_of(sums: Array) -> Array:
@@ -66,61 +79,72 @@ def row_mean(scores: Sequence[float], **details: Any) -> Statistic:
     return Statistic(np.stack([column, np.ones_like(column)], axis=1), mean_of, details)
 
 
-# --- text --------------------------------------------------------------------------------------------------------------
+# --- text ---
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
+def exact_match(predictions: Sequence[str], references: References) -> Statistic:
     """Prediction equals a reference after stripping surrounding blanks."""
-    return row_mean([float(any(p.strip() == r.strip() for r in refs)) for p, refs in zip(predictions, references, strict=True)])
+    pairs = zip(predictions, references, strict=True)
+    return row_mean([float(p.strip() in {r.strip() for r in refs}) for p, refs in pairs])
 
 
-def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
+def bleu(predictions: Sequence[str], references: References) -> Statistic:
     """Corpus BLEU (Papineni et al. 2002) by sacrebleu, 0 to 100; its signature is in the details."""
     from sacrebleu.metrics.bleu import BLEU, MAX_NGRAM_ORDER
 
-    if any(not r.strip() for refs in references for r in refs):
-        raise IngotError("bleu is undefined: a reference is empty")
-    if max(len(r.split()) for refs in references for r in refs) < MAX_NGRAM_ORDER:
-        raise IngotError("bleu is undefined: no reference has 4 words, so no 4-gram can match; use exact_match or rougeL")
-    scorer = BLEU(effective_order=True)  # only for the rows' counts; the corpus score below does not use it
-    rows = [scorer.sentence_score(p, list(refs)) for p, refs in zip(predictions, references, strict=True)]
-    statistics = np.asarray([[r.sys_len, r.ref_len, *r.counts, *r.totals] for r in rows], dtype=np.float64)
+    rows = BLEU(effective_order=True)  # for the rows' counts only; without it sacrebleu warns about sentence scores
+    counted = [rows.sentence_score(p, list(refs)) for p, refs in zip(predictions, references, strict=True)]
     whole = BLEU()
-    whole.corpus_score(list(predictions), _streams(references))  # a signature knows the number of references only after use
-    order = MAX_NGRAM_ORDER
+    whole.corpus_score(list(predictions), _streams(references))  # until then a signature has no number of references
+
+    def score(sums_K: Array) -> float:
+        sys_len, ref_len, *counts = sums_K.tolist()
+        correct, total = counts[:MAX_NGRAM_ORDER], counts[MAX_NGRAM_ORDER:]
+        return float(BLEU.compute_bleu(correct, total, int(sys_len), int(ref_len), smooth_method="exp").score)
 
     def value_of(sums: Array) -> Array:
-        flat = sums.reshape(-1, sums.shape[-1])
-        scores = [
-            BLEU.compute_bleu(correct=s[2 : 2 + order].tolist(), total=s[2 + order :].tolist(), sys_len=int(s[0]), ref_len=int(s[1]), smooth_method="exp").score
-            for s in flat
-        ]
-        return np.asarray(scores).reshape(sums.shape[:-1])
+        return np.apply_along_axis(score, -1, sums)
 
-    return Statistic(statistics, value_of, {"signature": str(whole.get_signature())})
+    numbers = np.asarray([[r.sys_len, r.ref_len, *r.counts, *r.totals] for r in counted], dtype=np.float64)
+    return Statistic(numbers, value_of, {"signature": str(whole.get_signature())})
 
 
-def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """References as sacrebleu wants them: the first of every row, the second of every row (None where there is none) ..."""
+def _bleu_undefined(references: References) -> str | None:
+    from sacrebleu.metrics.bleu import BLEU, MAX_NGRAM_ORDER
+
+    words_of = BLEU().tokenizer
+    if any(not r.strip() for refs in references for r in refs):
+        return "a reference is empty; remove its row, or use exact_match"
+    if all(len(words_of(r).split()) < MAX_NGRAM_ORDER for refs in references for r in refs):
+        return f"no reference has {MAX_NGRAM_ORDER} words, so nothing can match; use exact_match"
+    return None
+
+
+def _streams(references: References) -> list[list[str | None]]:
+    """References as sacrebleu wants them: every row's first, every row's second (None where there is none) ..."""
     return [[refs[i] if i < len(refs) else None for refs in references] for i in range(max(map(len, references)))]
 
 
 def rouge(kind: str) -> Compute:
     """ROUGE F1 (Lin 2004) by rouge_score, without stemming, the best reference of each row, mean over rows."""
 
-    def compute(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
+    def compute(predictions: Sequence[str], references: References) -> Statistic:
         from rouge_score.rouge_scorer import RougeScorer
 
-        if any(not re.search(r"[a-z0-9]", r.lower()) for refs in references for r in refs):
-            raise IngotError(f"{kind} is undefined: it counts only a-z and 0-9, and a reference has none of them; use bleu or exact_match")
         scorer = RougeScorer([kind], use_stemmer=False)
-        scores = [max(scorer.score(r, p)[kind].fmeasure for r in refs) for p, refs in zip(predictions, references, strict=True)]
-        return row_mean(scores, stemmer=False)
+        pairs = zip(predictions, references, strict=True)
+        return row_mean([max(scorer.score(r, p)[kind].fmeasure for r in refs) for p, refs in pairs], stemmer=False)
 
     return compute
 
 
-# --- JSON --------------------------------------------------------------------------------------------------------------
+def _rouge_undefined(references: References) -> str | None:
+    if any(not re.search(r"[a-z0-9]", r.lower()) for refs in references for r in refs):
+        return "it counts only a-z and 0-9, and a reference has none of them; use bleu or exact_match"
+    return None
+
+
+# --- JSON ---
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
@@ -136,98 +160,96 @@ def parse_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def same(a: Any, b: Any) -> bool:
-    """Equality of parsed JSON: key order does not matter, 1 equals 1.0, and true is not 1."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
+Leaf = tuple[tuple[str | int, ...], str, Any]
 
 
-def leaves(value: Any, path: str = "") -> Counter[tuple[str, str, str]]:
-    """The leaves of parsed JSON as a bag of (path, kind, value); empty containers are leaves."""
-    if isinstance(value, dict) and value:
-        return sum((leaves(child, f"{path}.{key}") for key, child in value.items()), Counter())
-    if isinstance(value, list) and value:
-        return sum((leaves(child, f"{path}[{i}]") for i, child in enumerate(value)), Counter())
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return Counter([(path, type(value).__name__, str(value))])
-    if isinstance(value, int | float):
-        return Counter([(path, "number", repr(float(value)))])
-    return Counter([(path, type(value).__name__, "")])
+def leaves(value: Any) -> Counter[Leaf]:
+    """The leaves of parsed JSON as a bag of (path, kind, value); an empty object or array is a leaf.
+
+    Two values have the same leaves exactly when they are the same JSON: the order of keys does not matter, 1 is 1.0,
+    and true is not 1.
+    """
+    return Counter(_walk(value))
 
 
-def json_valid(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
+def _walk(value: Any) -> Iterator[Leaf]:
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]  # no recursion: a model may nest without end
+    while waiting:
+        path, node = waiting.pop()
+        if isinstance(node, dict) and node:
+            waiting.extend(((*path, key), child) for key, child in node.items())
+        elif isinstance(node, list) and node:
+            waiting.extend(((*path, index), child) for index, child in enumerate(node))
+        elif isinstance(node, dict | list):
+            yield path, type(node).__name__, None
+        else:
+            number = isinstance(node, int | float) and not isinstance(node, bool)
+            yield path, "number" if number else type(node).__name__, node
+
+
+def json_valid(predictions: Sequence[str], references: References) -> Statistic:
     """Prediction is one JSON object and nothing else."""
     return row_mean([float(parse_object(p) is not None) for p in predictions])
 
 
-def _reference_objects(name: str, references: Sequence[Sequence[str]]) -> list[list[dict[str, Any]]]:
-    parsed = [[parse_object(r) for r in refs] for refs in references]
-    if any(r is None for refs in parsed for r in refs):
-        raise IngotError(f"{name} is undefined: a reference is no JSON object; use exact_match")
-    return parsed  # type: ignore[return-value]
+def _json_undefined(references: References) -> str | None:
+    if any(parse_object(r) is None for refs in references for r in refs):
+        return "a reference is no JSON object; use exact_match"
+    return None
 
 
-def json_exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
-    """Prediction parses to the same JSON object as a reference."""
-    wanted = _reference_objects("json_exact_match", references)
-    found = [parse_object(p) for p in predictions]
-    return row_mean([float(p is not None and any(same(p, r) for r in refs)) for p, refs in zip(found, wanted, strict=True)])
+def leaf_f1(found: Counter[Leaf], wanted: Counter[Leaf]) -> float:
+    """F1 of two bags of leaves; 1 exactly when they are equal."""
+    return 2 * (found & wanted).total() / (found.total() + wanted.total())
 
 
-def json_argument_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
-    """F1 of the leaves (path, kind, value) of prediction and best reference; 0 when the prediction is no JSON object."""
-    wanted = _reference_objects("json_argument_f1", references)
+def by_leaves(score: Callable[[Counter[Leaf], Counter[Leaf]], float]) -> Compute:
+    """Mean over rows of `score` against the best reference; 0 when the prediction is no JSON object."""
 
-    def score(text: str, refs: list[dict[str, Any]]) -> float:
-        found = parse_object(text)
-        if found is None:
-            return 0.0
-        have = leaves(found)
-        needs = [leaves(r) for r in refs]
-        return max(2 * (have & need).total() / (have.total() + need.total()) for need in needs)
+    def compute(predictions: Sequence[str], references: References) -> Statistic:
+        scores = []
+        for prediction, refs in zip(predictions, references, strict=True):
+            found = parse_object(prediction)
+            wanted = [leaves(parse_object(r)) for r in refs]
+            scores.append(0.0 if found is None else max(score(leaves(found), w) for w in wanted))
+        return row_mean(scores)
 
-    return row_mean([score(p, refs) for p, refs in zip(predictions, wanted, strict=True)])
-
-
-# --- classes -----------------------------------------------------------------------------------------------------------
+    return compute
 
 
-def accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
+# --- classes ---
+
+
+def accuracy(predictions: Sequence[str], references: References) -> Statistic:
     """Share of rows whose class is right."""
     return row_mean([float(p in refs) for p, refs in zip(predictions, references, strict=True)])
 
 
 def f1(average: str) -> Compute:
-    """F1 over classes from counts of true positives, predictions and references, as scikit-learn defines it (zero_division=0)."""
+    """F1 over the classes that occur, from counts of hits, predictions and references; scikit-learn's arithmetic."""
 
-    def compute(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
+    def compute(predictions: Sequence[str], references: References) -> Statistic:
         truth = [refs[0] for refs in references]
         classes = sorted({*truth, *predictions})
         place = {name: index for index, name in enumerate(classes)}
-        rows_NK = np.zeros((len(truth), 3 * len(classes)))
+        rows = np.zeros((len(truth), 3 * len(classes)))
         for row, (predicted, right) in enumerate(zip(predictions, truth, strict=True)):
-            rows_NK[row, place[right]] += predicted == right
-            rows_NK[row, len(classes) + place[predicted]] += 1
-            rows_NK[row, 2 * len(classes) + place[right]] += 1
+            rows[row, place[right]] = predicted == right
+            rows[row, len(classes) + place[predicted]] = 1
+            rows[row, 2 * len(classes) + place[right]] = 1
+        return Statistic(rows, value_of, {"classes": len(classes)})
 
-        def value_of(sums: Array) -> Array:
-            hits, predicted, real = np.split(sums, 3, axis=-1)
-            present = (predicted + real) > 0  # a class that a resample lost is no class of it
-            score = np.divide(2 * hits, predicted + real, out=np.zeros_like(hits), where=present)
-            weights = real if average == "weighted" else present.astype(np.float64)
-            return (score * weights).sum(-1) / weights.sum(-1)
-
-        return Statistic(rows_NK, value_of, {"classes": len(classes)})
+    def value_of(sums: Array) -> Array:
+        hits, predicted, real = np.split(sums, 3, axis=-1)
+        present = (predicted + real) > 0  # a class that a resample lost is no class of it
+        score = np.divide(2 * hits, predicted + real, out=np.zeros_like(hits), where=present)
+        weights = real if average == "weighted" else present.astype(np.float64)
+        return (score * weights).sum(-1) / weights.sum(-1)
 
     return compute
 
 
-# --- likelihood --------------------------------------------------------------------------------------------------------
+# --- likelihood ---
 
 
 def loss_of(sums: Array) -> Array:
@@ -237,36 +259,47 @@ def loss_of(sums: Array) -> Array:
 
 def perplexity_of(sums: Array) -> Array:
     """exp of `loss_of`: weighted by tokens, not the mean of rows."""
-    return np.exp(loss_of(sums))
+    with np.errstate(over="ignore"):  # `finite` reports it
+        return np.exp(loss_of(sums))
 
 
-def _not_from_text(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistic:
-    raise IngotError("perplexity and loss come from a model's likelihoods: use them with objective.task language-modeling")
+def _not_from_text(predictions: Sequence[str], references: References) -> Statistic:
+    raise IngotError("perplexity and loss come from a model's likelihoods, not from its answers")
 
 
+# --- the table ---
+
+_JSON_EXACT = by_leaves(lambda found, wanted: float(found == wanted))
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("exact_match", "answer equals the reference, blanks around it aside", exact_match),
-        Metric("bleu", "corpus BLEU, 0 to 100", bleu, unit_interval=False),
-        Metric("rouge1", "unigram F1", rouge("rouge1")),
-        Metric("rouge2", "bigram F1", rouge("rouge2")),
-        Metric("rougeL", "longest common subsequence F1", rouge("rougeL")),
-        Metric("rougeLsum", "longest common subsequence F1 by lines", rouge("rougeLsum")),
+        Metric("bleu", "corpus BLEU, 0 to 100", bleu, _bleu_undefined, unit_interval=False, decimals=1),
+        Metric("rouge1", "unigram F1", rouge("rouge1"), _rouge_undefined),
+        Metric("rouge2", "bigram F1", rouge("rouge2"), _rouge_undefined),
+        Metric("rougeL", "longest common subsequence F1", rouge("rougeL"), _rouge_undefined),
+        Metric("rougeLsum", "longest common subsequence F1 by lines", rouge("rougeLsum"), _rouge_undefined),
         Metric("json_valid", "answer is a JSON object", json_valid),
-        Metric("json_exact_match", "answer parses to the reference's JSON object", json_exact_match),
-        Metric("json_argument_f1", "F1 of the JSON's leaves", json_argument_f1),
+        Metric("json_exact_match", "answer is the reference's JSON object", _JSON_EXACT, _json_undefined),
+        Metric("json_argument_f1", "F1 of the JSON's leaves", by_leaves(leaf_f1), _json_undefined),
         Metric("accuracy", "share of right classes", accuracy),
         Metric("f1_macro", "F1, classes weighted equally", f1("macro")),
         Metric("f1_weighted", "F1, classes weighted by frequency", f1("weighted")),
-        Metric("perplexity", "exp of the mean loss per token", _not_from_text, higher_is_better=False, unit_interval=False),
+        Metric(
+            "perplexity",
+            "exp of the mean loss per token",
+            _not_from_text,
+            higher_is_better=False,
+            unit_interval=False,
+            decimals=2,
+        ),
         Metric("loss", "mean loss per token in nats", _not_from_text, higher_is_better=False, unit_interval=False),
     )
 }
 CLASS_METRICS = ("accuracy", "f1_macro", "f1_weighted")
 LIKELIHOOD_METRICS = ("perplexity", "loss")
 TEXT_METRICS = tuple(name for name in METRICS if name not in (*CLASS_METRICS, *LIKELIHOOD_METRICS))
-OF_TASK: dict[str, tuple[str, ...]] = {
+OF_TASK: dict[Task, tuple[str, ...]] = {
     "chat-completion": TEXT_METRICS,
     "text-generation": TEXT_METRICS,
     "text-classification": CLASS_METRICS,
@@ -274,19 +307,34 @@ OF_TASK: dict[str, tuple[str, ...]] = {
 }
 
 
-def metric_names(section: Evaluate, task: Task, references: Sequence[Sequence[str]]) -> list[str]:
-    """The recipe's metrics, or those of the task; a name that is unknown or not of this task is a RecipeError."""
+def metric_names(section: Evaluate, task: Task, references: References) -> list[str]:
+    """The recipe's metrics, or the task's own.
+
+    Raises RecipeError for a name that is unknown or not of this task, and for a metric that is undefined on
+    `references`.
+    """
     for name in section.metrics or ():
         if name not in METRICS:
             raise RecipeError("evaluate.metrics", name, nearest(name, METRICS))
         if name not in OF_TASK[task]:
             raise RecipeError("evaluate.metrics", name, f"{task} has {', '.join(OF_TASK[task])}")
-    if section.metrics:
-        return list(section.metrics)
+    names = list(section.metrics or _defaults(task, references))
+    for name in names:
+        if reason := METRICS[name].undefined(references):
+            raise RecipeError("evaluate.metrics", name, f"it is undefined on the test rows: {reason}")
+    return names
+
+
+def _defaults(task: Task, references: References) -> tuple[str, ...]:
     if task == "chat-completion":
-        objects = all(parse_object(r) is not None for refs in references for r in refs)
-        return ["json_exact_match", "json_argument_f1", "json_valid"] if objects else ["exact_match"]
-    return {"text-generation": ["bleu", "rougeL"], "text-classification": ["accuracy", "f1_macro"], "language-modeling": ["perplexity"]}[task]
+        objects = _json_undefined(references) is None
+        return ("json_exact_match", "json_argument_f1", "json_valid") if objects else ("exact_match",)
+    own: dict[str, tuple[str, ...]] = {
+        "text-generation": ("bleu", "rougeL"),
+        "text-classification": ("accuracy", "f1_macro"),
+        "language-modeling": ("perplexity",),
+    }
+    return own[task]
 
 
 def finite(value: float, name: str) -> float:

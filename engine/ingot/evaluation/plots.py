@@ -13,18 +13,30 @@ matplotlib.use("Agg")  # no display on a cluster
 from matplotlib import pyplot as plt
 
 # Okabe & Ito's palette: told apart with every kind of colour vision.
-GREY, BLUE, ORANGE, INK = "#9a9a9a", "#0072b2", "#d55e00", "#333333"
+GREY, BLUE, ORANGE, INK, RULE = "#a3a3a3", "#0072b2", "#d55e00", "#333333", "#e5e5e5"
 STYLE: dict[str, Any] = {
-    "font.size": 12,
+    "font.size": 17,  # still 12 pixels high when a page shows the picture at half its width
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": RULE,
     "xtick.color": INK,
     "ytick.color": INK,
     "text.color": INK,
+    "legend.frameon": False,
+    "legend.borderaxespad": 0.2,
+    "legend.borderpad": 0.0,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.2,
+    "legend.handletextpad": 0.4,
 }
 Points = Sequence[tuple[int, float]]
+Side = tuple[str, str, dict[str, Score]]
+"""A model's name, its colour, its scores."""
 
 
 def run_picture(
@@ -35,33 +47,42 @@ def run_picture(
     Shares (0 to 1) stand in one panel; any other metric gets a panel of its own, since its scale is another.
     """
     shares = [name for name in tuned if METRICS[name].unit_interval]
-    others = [name for name in tuned if not METRICS[name].unit_interval]
-    groups = ([shares] if shares else []) + [[name] for name in others]
-    widths = [2.6, *(0.5 + 0.9 * len(group) for group in groups)]
+    groups = [group for group in (shares, *([name] for name in tuned if name not in shares)) if group]
+    sides: list[Side] = [("base", GREY, base)] if base else []
+    sides.append(("tuned", BLUE, tuned))
+    widths = [3.4, *(0.7 + len(group) for group in groups)]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, len(widths), figsize=(16, 6.4), dpi=100, width_ratios=widths, constrained_layout=True
+            1, len(widths), figsize=(16, 6.4), dpi=100, width_ratios=widths, layout="constrained"
         )
-        figure.suptitle(title, fontsize=16, fontweight="bold")
+        figure.suptitle(title, x=0.012, ha="left", fontsize=21, fontweight="bold")
         _losses(axes[0], train, validation)
         for axis, group in zip(axes[1:], groups, strict=True):
-            _bars(axis, group, base, tuned)
-        axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, 1.10), ncols=2)
+            _bars(axis, group, sides, label_size=17 if len(tuned) <= 4 else 13)
+        _legend(axes[1])
         figure.savefig(path)
         plt.close(figure)
 
 
+def _legend(axis: Any) -> None:
+    """Above the panel, where no line and no bar can be."""
+    handles, _ = axis.get_legend_handles_labels()
+    if handles:
+        axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncols=len(handles), fontsize=16)
+
+
 def _losses(axis: Any, train: Points, validation: Points) -> None:
-    steps, losses = zip(*train, strict=True) if train else ((), ())
-    axis.plot(steps, losses, color=GREY, linewidth=0.8, alpha=0.7, label="training, each step")
-    axis.plot(steps, _smoothed(losses), color=BLUE, linewidth=2.0, label="training, smoothed")
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axis.plot(steps, losses, color=GREY, linewidth=1.0, alpha=0.7, label="training")
+        axis.plot(steps, _smoothed(losses), color=BLUE, linewidth=3.0, label="smoothed")
     if validation:
-        axis.plot(*zip(*validation, strict=True), "o-", color=ORANGE, markersize=6, linewidth=1, label="validation")
+        axis.plot(*zip(*validation, strict=True), "o-", color=ORANGE, markersize=7, linewidth=1.5, label="validation")
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss (nats per target)")
     axis.set_ylim(bottom=0)
-    axis.grid(axis="y", color="#e5e5e5")
-    axis.legend(frameon=False)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    _legend(axis)
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:
@@ -74,29 +95,39 @@ def _smoothed(losses: Sequence[float]) -> list[float]:
     return shown
 
 
-def _bars(axis: Any, names: Sequence[str], base: dict[str, Score] | None, tuned: dict[str, Score]) -> None:
-    sides = [("base", base, GREY), ("tuned", tuned, BLUE)] if base else [("tuned", tuned, BLUE)]
-    width = 0.8 / len(sides)
-    top = 1.0 if METRICS[names[0]].unit_interval else max(scores[n].high for _, scores, _ in sides for n in names) * 1.1
-    for place, (label, scores, colour) in enumerate(sides):
-        x = [index + (place - (len(sides) - 1) / 2) * width for index in range(len(names))]
+def _bars(axis: Any, names: Sequence[str], sides: Sequence[Side], label_size: int) -> None:
+    width = 0.84 / 2  # of two sides; a side alone is as wide
+    for place, (side, colour, scores) in enumerate(sides):
         shown = [scores[name] for name in names]
-        spread = [[max(0.0, s.value - s.low) for s in shown], [max(0.0, s.high - s.value) for s in shown]]
-        axis.bar(x, [s.value for s in shown], width * 0.94, color=colour, label=label)
-        axis.errorbar(x, [s.value for s in shown], spread, fmt="none", ecolor=INK, elinewidth=1.2, capsize=4)
-        for position, score in zip(x, shown, strict=True):
-            axis.annotate(
-                f"{score.value:.3f}" if top <= 1 else f"{score.value:.1f}",
-                (position, max(score.value, score.high)),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                fontsize=11,
-            )
-    axis.set_xticks(range(len(names)), [name.replace("_", "\n", 1).replace("_", " ") for name in names])
-    axis.set_ylim(0, top * 1.06)
+        x = [index + (place - (len(sides) - 1) / 2) * width for index in range(len(names))]
+        values = [score.value for score in shown]
+        # A bootstrap interval of a skewed metric can leave its value outside; an error bar has no negative length.
+        reach = [[max(0.0, s.value - s.low) for s in shown], [max(0.0, s.high - s.value) for s in shown]]
+        axis.bar(x, values, width * 0.94, color=colour, label=side)
+        axis.errorbar(x, values, reach, fmt="none", ecolor=INK, elinewidth=1.5, capsize=5, capthick=1.5)
+        for name, position, score in zip(names, x, shown, strict=True):
+            _value_label(axis, position, score, METRICS[name].decimals, label_size)
+    top = (
+        1.0 if METRICS[names[0]].unit_interval else max(max(s[n].value, s[n].high) for _, _, s in sides for n in names)
+    )
+    axis.set_ylim(0, top * 1.1 or 1.0)  # room for the label of the highest bar
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    axis.set_xticks(range(len(names)), [_tick(name) for name in names])
     axis.tick_params(axis="x", length=0)
-    axis.grid(axis="y", color="#e5e5e5")
-    axis.set_axisbelow(True)
-    if not METRICS[names[0]].higher_is_better:
-        axis.set_title("lower is better", fontsize=11)
+
+
+def _value_label(axis: Any, x: float, score: Score, decimals: int, size: int) -> None:
+    above = max(score.value, score.high)
+    axis.annotate(
+        f"{score.value:.{decimals}f}",
+        (x, above),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="center",
+        fontsize=size,
+    )
+
+
+def _tick(name: str) -> str:
+    """A metric's name in short lines, and which way is better where it is not up."""
+    return name.replace("_", "\n") + ("" if METRICS[name].higher_is_better else "\n(lower is better)")

@@ -62,9 +62,11 @@ class Evaluation:
     def save(self, folder: Path) -> None:
         """Write `<name>.json` (scores) and `<name>_rows.jsonl` (every row) to `folder`, each in one step."""
         folder.mkdir(parents=True, exist_ok=True)
-        scores = {"name": self.name, "seconds": round(self.seconds, 3), "scores": {k: asdict(s) for k, s in self.scores.items()}}
-        _write(folder / f"{self.name}.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
-        _write(folder / f"{self.name}_rows.jsonl", "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows))
+        scores = {name: asdict(score) for name, score in self.scores.items()}
+        record = {"name": self.name, "seconds": round(self.seconds, 3), "scores": scores}
+        rows = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows)
+        _write(folder / f"{self.name}_rows.jsonl", "".join(rows))
+        _write(folder / f"{self.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def merge_items(items: Sequence[Item]) -> list[Item]:
     return list(merged.values())
 
 
-def evaluate_texts(name: str, items: Sequence[Item], predictions: Sequence[str], section: Evaluate, task: Task, started: float) -> Evaluation:
+def evaluate_texts(
+    name: str, items: Sequence[Item], predictions: Sequence[str], section: Evaluate, task: Task, started: float
+) -> Evaluation:
     """Score generated texts or chosen classes. `started`: perf_counter when the model began to answer."""
     _require_rows(items)
     references = [item.references for item in items]
@@ -103,14 +107,23 @@ def evaluate_texts(name: str, items: Sequence[Item], predictions: Sequence[str],
 
 
 def evaluate_likelihoods(
-    name: str, items: Sequence[Item], nll_sums: Sequence[float], n_tokens: Sequence[int], section: Evaluate, started: float
+    name: str,
+    items: Sequence[Item],
+    nll_sums: Sequence[float],
+    n_tokens: Sequence[int],
+    section: Evaluate,
+    started: float,
 ) -> Evaluation:
     """Perplexity and loss from each row's summed negative log-likelihood (nats) and number of predicted tokens."""
     _require_rows(items)
-    rows_NK = np.stack([np.asarray(nll_sums, dtype=np.float64), np.asarray(n_tokens, dtype=np.float64)], axis=1)
-    kinds = {"perplexity": perplexity_of, "loss": loss_of}
+    for item, count in zip(items, n_tokens, strict=True):
+        if count < 1:
+            raise IngotError(f"{item.id}: the row has no token to predict; remove it")
+    rows = np.stack([np.asarray(nll_sums, dtype=np.float64), np.asarray(n_tokens, dtype=np.float64)], axis=1)
+    value_of = {"perplexity": perplexity_of, "loss": loss_of}
     names = metric_names(section, "language-modeling", [])
-    return _finished(name, items, [""] * len(items), {metric: Statistic(rows_NK, kinds[metric]) for metric in names}, section, started)
+    statistics = {metric: Statistic(rows, value_of[metric]) for metric in names}
+    return _finished(name, items, [""] * len(items), statistics, section, started)
 
 
 def _require_rows(items: Sequence[Item]) -> None:
@@ -119,13 +132,14 @@ def _require_rows(items: Sequence[Item]) -> None:
 
 
 def _finished(
-    name: str, items: Sequence[Item], predictions: Sequence[str], statistics: dict[str, Statistic], section: Evaluate, started: float
+    name: str,
+    items: Sequence[Item],
+    predictions: Sequence[str],
+    statistics: dict[str, Statistic],
+    section: Evaluate,
+    started: float,
 ) -> Evaluation:
-    scores = {}
-    for metric, statistic in statistics.items():
-        low, high = interval(statistic, section.bootstrap_samples, section.confidence)
-        value = finite(statistic.value(), metric)
-        scores[metric] = Score(value, low, high, len(items), METRICS[metric].higher_is_better, statistic.details)
+    scores = {metric: _score(metric, statistic, section) for metric, statistic in statistics.items()}
     rows = [
         RowResult(item.id, item.prompt, prediction, item.references, _row_numbers(statistics, index))
         for index, (item, prediction) in enumerate(zip(items, predictions, strict=True))
@@ -133,26 +147,44 @@ def _finished(
     return Evaluation(name, scores, rows, statistics, time.perf_counter() - started)
 
 
+def _score(metric: str, statistic: Statistic, section: Evaluate) -> Score:
+    value = finite(statistic.value(), metric)
+    low, high = interval(statistic, section.bootstrap_samples, section.confidence)
+    n = len(statistic.rows)
+    return Score(
+        value, finite(low, metric), finite(high, metric), n, METRICS[metric].higher_is_better, statistic.details
+    )
+
+
 def _row_numbers(statistics: dict[str, Statistic], index: int) -> dict[str, list[float]]:
-    """Row scores of metrics that are means of rows, and the two numbers behind likelihoods; class counts say nothing per row."""
-    return {name: s.rows_NK[index].tolist() for name, s in statistics.items() if s.rows_NK.shape[1] == 2}
+    """(score, 1) of metrics that are means of rows, and (sum, tokens) of likelihoods.
+
+    What corpus metrics count per row says nothing to a reader.
+    """
+    return {name: s.rows[index].tolist() for name, s in statistics.items() if s.rows.shape[1] == 2}
 
 
 def compare(base: Evaluation, tuned: Evaluation, section: Evaluate) -> Comparison:
     """Paired tests of tuned against base. Raises IngotError when they were not measured on the same rows."""
+    _require_same_rows(base, tuned)
+    samples, confidence = section.bootstrap_samples, section.confidence
+    return Comparison(
+        {
+            name: paired(base.statistics[name], tuned.statistics[name], samples, confidence)
+            for name in tuned.statistics
+            if name in base.statistics
+        }
+    )
+
+
+def _require_same_rows(base: Evaluation, tuned: Evaluation) -> None:
+    pair = f"{base.name} and {tuned.name}"
     if len(base.rows) != len(tuned.rows):
-        raise IngotError(f"{base.name} was measured on {len(base.rows)} rows and {tuned.name} on {len(tuned.rows)}: not comparable")
+        raise IngotError(f"{pair} were measured on {len(base.rows)} and {len(tuned.rows)} rows: not comparable")
     for a, b in zip(base.rows, tuned.rows, strict=True):
         for part in ("id", "prompt", "references"):
             if getattr(a, part) != getattr(b, part):
-                raise IngotError(f"{base.name} and {tuned.name} differ in {part} of row {a.id}: not comparable")
-    shared = [name for name in tuned.statistics if name in base.statistics]
-    return Comparison(
-        {
-            name: paired(base.statistics[name], tuned.statistics[name], section.bootstrap_samples, section.confidence)
-            for name in shared
-        }
-    )
+                raise IngotError(f"{pair} differ in {part} of row {a.id}: not comparable")
 
 
 def load_scores(folder: Path, name: str) -> dict[str, Score]:

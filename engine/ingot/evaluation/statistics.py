@@ -4,13 +4,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from statistics import NormalDist
 
 import numpy as np
 
 from ingot.evaluation.metrics import Array, Statistic
 
-CHUNK_ROWS = 2_000_000  # numbers of counts held at a time
+COUNTS_AT_ONCE = 2_000_000  # 16 MB
 
 
 @dataclass(frozen=True)
@@ -31,36 +31,38 @@ class Paired:
 def _resampled_sums(rows_NK: Array, samples: int, seed: int) -> Array:
     """Sums [S, K] of `samples` draws of N rows with replacement. The draws depend on (seed, samples, N) only."""
     n = len(rows_NK)
-    draw = np.random.default_rng(seed)
-    sums = np.empty((samples, rows_NK.shape[1]))
-    step = max(1, CHUNK_ROWS // n)
+    generator = np.random.default_rng(seed)
+    sums_SK = np.empty((samples, rows_NK.shape[1]))
+    step = max(1, COUNTS_AT_ONCE // n)
     for start in range(0, samples, step):
         size = min(step, samples - start)
-        counts_SN = draw.multinomial(n, np.full(n, 1.0 / n), size=size)
-        sums[start : start + size] = counts_SN @ rows_NK
-    return sums
+        counts_SN = np.empty((size, n))
+        for counts_N in counts_SN:
+            # Five times as fast as a multinomial draw of 100,000 rows.
+            counts_N[:] = np.bincount(generator.integers(0, n, n), minlength=n)
+        sums_SK[start : start + size] = counts_SN @ rows_NK
+    return sums_SK
 
 
 def interval(statistic: Statistic, samples: int, confidence: float, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the metric."""
-    values_S = statistic.value_of(_resampled_sums(statistic.rows_NK, samples, seed))
-    return _quantiles(values_S, confidence)
+    return _quantiles(statistic.value_of(_resampled_sums(statistic.rows, samples, seed)), confidence)
 
 
 def paired(base: Statistic, tuned: Statistic, samples: int, confidence: float, seed: int = 0) -> Paired:
     """Compare two models on the same rows: both are resampled by the same draws, so what rows share cancels out.
 
-    The p-value is twice the smaller share of resampled differences on either side of 0 (at least 1 / samples).
+    The p-value is twice the smaller share of resampled differences on either side of 0, counting the measured rows
+    themselves as one more resample: it is never below 2 / (samples + 1) (Davison & Hinkley 1997, section 4.2).
     """
-    n = len(base.rows_NK)
-    both_NK = np.concatenate([base.rows_NK, tuned.rows_NK], axis=1)
-    sums = _resampled_sums(both_NK, samples, seed)
-    cut = base.rows_NK.shape[1]
-    differences_S = tuned.value_of(sums[:, cut:]) - base.value_of(sums[:, :cut])
+    if len(base.rows) != len(tuned.rows):
+        raise ValueError(f"{len(base.rows)} rows against {len(tuned.rows)}: a paired test needs the same rows")
+    values = [side.value_of(_resampled_sums(side.rows, samples, seed)) for side in (base, tuned)]
+    differences_S = values[1] - values[0]
     low, high = _quantiles(differences_S, confidence)
-    tail = min((differences_S <= 0).mean(), (differences_S >= 0).mean())
-    p_value = min(1.0, max(2.0 * float(tail), 1.0 / samples))
-    return Paired(tuned.value() - base.value(), low, high, p_value, _mcnemar_of(base, tuned), n)
+    tail = min((differences_S <= 0).sum(), (differences_S >= 0).sum())
+    p_value = min(1.0, 2.0 * (float(tail) + 1.0) / (samples + 1.0))
+    return Paired(tuned.value() - base.value(), low, high, p_value, _mcnemar_of(base, tuned), len(base.rows))
 
 
 def _mcnemar_of(base: Statistic, tuned: Statistic) -> float | None:
@@ -85,20 +87,25 @@ def mcnemar_exact(lost: int, won: int) -> float:
 def detectable_difference(n: int, discordance: float = 0.2, power: float = 0.8, alpha: float = 0.05) -> float:
     """Smallest true difference of two shares that a paired test on `n` rows finds with `power`.
 
-    `discordance`: share of rows on which the two models disagree. Normal approximation of McNemar's test (Connor 1987).
+    `discordance`: share of rows on which the two models disagree; the difference cannot be larger, so a set that is too
+    small to see even that gives infinity. Normal approximation of McNemar's test (Connor 1987).
     """
-    from statistics import NormalDist
-
     z_alpha, z_power = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
+
+    def seen(difference: float) -> bool:
+        spread = math.sqrt(max(discordance - difference**2, 0.0))
+        return math.sqrt(n) * difference >= z_alpha * math.sqrt(discordance) + z_power * spread
+
+    if not seen(discordance):
+        return math.inf
     low, high = 0.0, discordance
     for _ in range(60):
-        d = (low + high) / 2
-        need = (z_alpha * math.sqrt(discordance) + z_power * math.sqrt(max(discordance - d * d, 0.0))) ** 2
-        low, high = (low, d) if n * d * d >= need else (d, high)
+        middle = (low + high) / 2
+        low, high = (low, middle) if seen(middle) else (middle, high)
     return high
 
 
 def _quantiles(values_S: Array, confidence: float) -> tuple[float, float]:
-    edge: Any = (1.0 - confidence) / 2.0
+    edge = (1.0 - confidence) / 2.0
     low, high = np.quantile(values_S, [edge, 1.0 - edge])
     return float(low), float(high)
