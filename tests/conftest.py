@@ -106,3 +106,28 @@ def tiny_tokenizer(make_tokenizer: Callable[..., Any]) -> Any:
 def plain_tokenizer(make_tokenizer: Callable[..., Any]) -> Any:
     """`tiny_tokenizer` with the same template without `{% generation %}` marks."""
     return make_tokenizer(PLAIN_TEMPLATE)
+
+
+@pytest.fixture
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A tiny random Llama with its tokenizer as a folder, as a user would have it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

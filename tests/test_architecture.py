@@ -21,7 +21,7 @@ FLOORS = {
     "recipe": 1, "recipe_errors": 1, "recipe_io": 1,
     "ranks": 2, "track": 2, "progress": 2, "catalog": 2, "data": 2, "model": 2, "parallel": 2,
     "train": 3, "evaluation": 3,
-    "package": 4, "serve": 4,
+    "packaging": 4, "serving": 4,
     "runfolder": 5, "verbs": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
@@ -39,10 +39,10 @@ DOORS = {
     "huggingface_hub": ("model/",),
     "datasets": ("data/sources.py",),
     "pyarrow": ("data/sources.py",),
-    "mlflow": ("track.py", "package/"),
-    "fastapi": ("serve/",),
-    "starlette": ("serve/",),
-    "uvicorn": ("serve/",),
+    "mlflow": ("track.py", "packaging/"),
+    "fastapi": ("serving/",),
+    "starlette": ("serving/",),
+    "uvicorn": ("serving/",),
     "sklearn": ("evaluation/",),
     "scipy": ("evaluation/",),
     "sacrebleu": ("evaluation/",),
@@ -50,8 +50,8 @@ DOORS = {
     "matplotlib": ("evaluation/plots.py",),
     "rich": ("cli.py", "progress.py", "data/inspect.py"),
     "typer": ("cli.py",),
-    "yaml": ("recipe_io.py", "package/", "serve/"),
-    "pydantic": ("recipe.py", "recipe_errors.py", "recipe_io.py", "serve/"),
+    "yaml": ("recipe_io.py", "packaging/", "serving/"),
+    "pydantic": ("recipe.py", "recipe_errors.py", "recipe_io.py", "serving/"),
 }
 
 

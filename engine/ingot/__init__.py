@@ -1,11 +1,10 @@
 """Ingot: one recipe from a foundation model and data to a tested, servable model.
 
-The verbs are loaded when they are first used, so that `import ingot` does not import torch.
+The verbs are loaded when they are first used, so that `import ingot` does not import torch. No folder of this package is
+named like a verb: importing a submodule binds its name here, and `ingot.evaluate(...)` would call a module.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ingot.errors import IngotError as IngotError
@@ -23,19 +22,7 @@ VERBS = ("evaluate", "finetune", "package", "run", "serve")
 __all__ = ["IngotError", "Recipe", "evaluate", "finetune", "load_recipe", "package", "run", "serve"]
 
 
-class _Namespace(ModuleType):
-    """This module, in which the verbs win over the folders `package` and `serve`: importing anything from such a
-    folder binds its name here, and `ingot.package(...)` would call a module.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in VERBS or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in VERBS:
-            return getattr(import_module("ingot.verbs"), name)
-        raise AttributeError(f"module 'ingot' has no attribute {name!r}")
-
-
-sys.modules[__name__].__class__ = _Namespace
+def __getattr__(name: str) -> Any:
+    if name in VERBS:
+        return getattr(import_module("ingot.verbs"), name)
+    raise AttributeError(f"module 'ingot' has no attribute {name!r}")

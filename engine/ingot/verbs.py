@@ -35,16 +35,16 @@ from ingot.model.load import (
     resolve_pooling,
 )
 from ingot.model.source import model_folder
-from ingot.package.bundle import package_model
-from ingot.package.verify import verify_package
+from ingot.packaging.bundle import package_model
+from ingot.packaging.verify import verify_package
 from ingot.parallel.apply import Sharded, parallelize, recompute_blocks
 from ingot.progress import Progress
 from ingot.ranks import Ranks, broadcast, pick_device, process_group, read_ranks
 from ingot.recipe import Recipe
 from ingot.recipe_io import flat_params, load_recipe, recipe_hash
 from ingot.runfolder import Run, create_run, open_run, versions, write_json
-from ingot.serve.server import Endpoint
-from ingot.serve.server import serve as serve_forever
+from ingot.serving.server import Endpoint
+from ingot.serving.server import serve as serve_forever
 from ingot.track import Tracker, read_metrics
 from ingot.train.loop import Fitted, Rows, StepInfo, fit, plan_steps
 

@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from ingot.model.generate import Runtime
-from ingot.package import package_model, verify_package
-from ingot.serve import Endpoint
+from ingot.packaging import package_model, verify_package
+from ingot.serving import Endpoint
 
 PROMPT = "Once upon a time"
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]

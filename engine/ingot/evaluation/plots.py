@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 from ingot.evaluation.metrics import METRICS
 from ingot.evaluation.runner import Score
@@ -34,6 +35,7 @@ STYLE: dict[str, Any] = {
     "legend.handlelength": 1.2,
     "legend.handletextpad": 0.4,
 }
+CROWDED = 5  # metrics in one panel from which on its labels are smaller and shorter
 Points = Sequence[tuple[int, float]]
 Side = tuple[str, str, dict[str, Score]]
 """A model's name, its colour, its scores."""
@@ -50,7 +52,8 @@ def run_picture(
     groups = [group for group in (shares, *([name] for name in tuned if name not in shares)) if group]
     sides: list[Side] = [("base", GREY, base)] if base else []
     sides.append(("tuned", BLUE, tuned))
-    widths = [3.4, *(0.7 + len(group) for group in groups)]
+    widths = [0.7 + len(group) for group in groups]
+    widths.insert(0, max(3.4, 0.45 * sum(widths)))  # a loss curve narrower than its legend would leave a gap
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(widths), figsize=(16, 6.4), dpi=100, width_ratios=widths, layout="constrained"
@@ -58,7 +61,7 @@ def run_picture(
         figure.suptitle(title, x=0.012, ha="left", fontsize=21, fontweight="bold")
         _losses(axes[0], train, validation)
         for axis, group in zip(axes[1:], groups, strict=True):
-            _bars(axis, group, sides, label_size=17 if len(tuned) <= 4 else 13)
+            _bars(axis, group, sides)
         _legend(axes[1])
         figure.savefig(path)
         plt.close(figure)
@@ -75,7 +78,8 @@ def _losses(axis: Any, train: Points, validation: Points) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         axis.plot(steps, losses, color=GREY, linewidth=1.0, alpha=0.7, label="training")
-        axis.plot(steps, _smoothed(losses), color=BLUE, linewidth=3.0, label="smoothed")
+        dot = "o" if len(steps) == 1 else None  # one point makes no line
+        axis.plot(steps, _smoothed(losses), marker=dot, color=BLUE, linewidth=3.0, label="smoothed")
     if validation:
         axis.plot(*zip(*validation, strict=True), "o-", color=ORANGE, markersize=7, linewidth=1.5, label="validation")
     axis.set_xlabel("optimizer step")
@@ -85,18 +89,15 @@ def _losses(axis: Any, train: Points, validation: Points) -> None:
     _legend(axis)
 
 
-def _smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the run, corrected for its start (Kingma & Ba 2015, section 3)."""
-    keep = 1.0 - 1.0 / max(1.0, len(losses) / 20)
-    mean, shown = 0.0, []
-    for number, loss in enumerate(losses, start=1):
-        mean = keep * mean + (1.0 - keep) * loss
-        shown.append(mean / (1.0 - keep**number))
-    return shown
+def _smoothed(losses: Sequence[float]) -> Sequence[float]:
+    """Mean over the steps around each, about a twentieth of the run in all; centred, so that it does not lag behind."""
+    window = np.ones(len(losses) // 20 | 1)  # odd
+    return (np.convolve(losses, window, "same") / np.convolve(np.ones(len(losses)), window, "same")).tolist()
 
 
-def _bars(axis: Any, names: Sequence[str], sides: Sequence[Side], label_size: int) -> None:
-    width = 0.84 / 2  # of two sides; a side alone is as wide
+def _bars(axis: Any, names: Sequence[str], sides: Sequence[Side]) -> None:
+    width = 0.42  # a side alone is no wider
+    crowded = len(names) >= CROWDED
     for place, (side, colour, scores) in enumerate(sides):
         shown = [scores[name] for name in names]
         x = [index + (place - (len(sides) - 1) / 2) * width for index in range(len(names))]
@@ -106,26 +107,19 @@ def _bars(axis: Any, names: Sequence[str], sides: Sequence[Side], label_size: in
         axis.bar(x, values, width * 0.94, color=colour, label=side)
         axis.errorbar(x, values, reach, fmt="none", ecolor=INK, elinewidth=1.5, capsize=5, capthick=1.5)
         for name, position, score in zip(names, x, shown, strict=True):
-            _value_label(axis, position, score, METRICS[name].decimals, label_size)
+            text = f"{score.value:.{METRICS[name].decimals - crowded}f}"
+            _above(axis, position, max(score.value, score.high), text, 12 if crowded else 17)
     top = (
         1.0 if METRICS[names[0]].unit_interval else max(max(s[n].value, s[n].high) for _, _, s in sides for n in names)
     )
     axis.set_ylim(0, top * 1.1 or 1.0)  # room for the label of the highest bar
     axis.set_xlim(-0.6, len(names) - 0.4)
     axis.set_xticks(range(len(names)), [_tick(name) for name in names])
-    axis.tick_params(axis="x", length=0)
+    axis.tick_params(axis="x", length=0, labelsize=12 if crowded else 17)
 
 
-def _value_label(axis: Any, x: float, score: Score, decimals: int, size: int) -> None:
-    above = max(score.value, score.high)
-    axis.annotate(
-        f"{score.value:.{decimals}f}",
-        (x, above),
-        xytext=(0, 5),
-        textcoords="offset points",
-        ha="center",
-        fontsize=size,
-    )
+def _above(axis: Any, x: float, y: float, text: str, size: int) -> None:
+    axis.annotate(text, (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=size)
 
 
 def _tick(name: str) -> str:

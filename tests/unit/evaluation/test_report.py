@@ -12,19 +12,31 @@ def score(value: float, low: float, high: float, **details: object) -> Score:
 
 
 @pytest.mark.parametrize(
-    ("shown", "text"),
+    ("numbers", "decimals", "sign", "text"),
     [
-        (score(0.8734, 0.84, 0.9031), "0.873 [0.840, 0.903]"),
-        (score(1.0, 1.0, 1.0), "1.000 [1.000, 1.000]"),
-        (score(41.26, 39.0, 43.55), "41.3 [39.0, 43.5]"),
-        (score(0.0, 0.0, 0.0), "0.000 [0.000, 0.000]"),
+        ((0.8734, 0.84, 0.9031), 3, "-", "0.873 [0.840, 0.903]"),
+        ((1.0, 1.0, 1.0), 3, "-", "1.000 [1.000, 1.000]"),
+        ((41.26, 39.0, 43.54), 1, "-", "41.3 [39.0, 43.5]"),
+        ((0.2, -0.00001, 0.4), 3, "+", "+0.200 [+0.000, +0.400]"),
+        ((-0.2, -0.4, -0.00001), 3, "-", "-0.200 [-0.400, 0.000]"),
     ],
 )
-def test_a_score_with_its_interval(shown: Score, text: str) -> None:
-    assert with_interval(shown) == text
+def test_a_number_with_its_interval(numbers: tuple[float, float, float], decimals: int, sign: str, text: str) -> None:
+    assert with_interval(*numbers, decimals, sign) == text
 
 
-@pytest.mark.parametrize(("p", "text"), [(1.0, "1.000"), (0.0312, "0.031"), (0.0004, "< 0.001"), (0.0, "< 0.001")])
+def test_each_metric_has_its_decimals() -> None:
+    base = {"bleu": score(3.04, 2.0, 4.0), "perplexity": score(12.341, 12.0, 13.0), "rougeL": score(0.1234, 0.1, 0.2)}
+    assert [row["base"] for row in table(base, None, None)] == [
+        "3.0 [2.0, 4.0]",
+        "12.34 [12.00, 13.00]",
+        "0.123 [0.100, 0.200]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(1.0, "1.000"), (0.0312, "0.031"), (0.001, "0.001"), (0.0004, "< 0.001"), (0.0, "< 0.001")]
+)
 def test_p_values(p: float, text: str) -> None:
     assert p_text(p) == text
 

@@ -81,6 +81,16 @@ def test_likelihoods_that_are_no_numbers_are_refused() -> None:
         evaluate_likelihoods("base", items_of(["x"]), [float("nan")], [10], SECTION, time.perf_counter())
 
 
+def test_a_row_without_a_token_to_predict_is_named() -> None:
+    with pytest.raises(IngotError, match=r"test\.jsonl:2"):
+        evaluate_likelihoods("base", items_of(["x", "y"]), [1.0, 0.0], [10, 0], SECTION, time.perf_counter())
+
+
+def test_a_likelihood_too_bad_for_perplexity_is_refused() -> None:
+    with pytest.raises(IngotError, match="perplexity came out as inf"):
+        evaluate_likelihoods("base", items_of(["x"]), [1e5], [10], SECTION, time.perf_counter())
+
+
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(IngotError, match=r"data\.test"):
         evaluate_texts("base", [], [], SECTION, "chat-completion", time.perf_counter())
@@ -93,7 +103,7 @@ def test_a_missing_prediction_is_never_passed_over() -> None:
         chat("tuned", ["yes"], ["yes", "no"])
 
 
-# --- merging ---------------------------------------------------------------------------------------------------------
+# --- merging ---
 
 
 def test_items_of_one_prompt_merge_in_the_order_of_first_sight() -> None:
@@ -113,7 +123,7 @@ def test_merged_references_raise_bleu() -> None:
     assert apart.scores["bleu"].value < 90
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def test_scores_and_rows_come_back_from_the_folder(tmp_path: Path) -> None:
@@ -151,7 +161,7 @@ def test_one_model_alone_has_no_comparison(tmp_path: Path) -> None:
     assert load_comparison(tmp_path) is None
 
 
-# --- comparing -------------------------------------------------------------------------------------------------------
+# --- comparing ---
 
 
 def test_a_better_model_is_found() -> None:
@@ -188,7 +198,7 @@ def test_the_same_rows_in_another_order_are_not_compared() -> None:
 
 
 def test_another_number_of_rows_is_not_compared() -> None:
-    with pytest.raises(IngotError, match="2 rows and tuned on 1"):
+    with pytest.raises(IngotError, match="base and tuned were measured on 2 and 1 rows"):
         compare(chat("base", ["a", "b"], ["a", "b"]), chat("tuned", ["a"], ["a"]), SECTION)
 
 

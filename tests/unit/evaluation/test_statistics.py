@@ -20,7 +20,7 @@ def test_resampled_sums_are_sums_of_n_drawn_rows() -> None:
 def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     rows_NK = np.random.default_rng(1).normal(size=(50, 2))
     whole = _resampled_sums(rows_NK, 300, seed=5)
-    monkeypatch.setattr("ingot.evaluation.statistics.CHUNK_ROWS", 170)
+    monkeypatch.setattr("ingot.evaluation.statistics.COUNTS_AT_ONCE", 170)
     assert np.allclose(_resampled_sums(rows_NK, 300, seed=5), whole, rtol=0, atol=1e-9)  # up to the order of summing
 
 
@@ -85,6 +85,17 @@ def test_a_clear_improvement_is_found_and_its_sign_is_tuned_minus_base() -> None
     assert worse.difference == pytest.approx(-0.7)
     assert worse.high < 0
     assert worse.p_value < 0.01
+
+
+def test_a_p_value_claims_no_more_than_its_resamples_can_show() -> None:
+    base, tuned = row_mean([0.1] * 30), row_mean(np.linspace(0.2, 0.5, 30).tolist())
+    assert paired(base, tuned, 100, 0.95).p_value == pytest.approx(2 / 101)
+    assert paired(tuned, base, 999, 0.95).p_value == pytest.approx(2 / 1000)
+
+
+def test_models_measured_on_other_rows_are_not_paired() -> None:
+    with pytest.raises(ValueError, match="same rows"):
+        paired(row_mean([0.1] * 30), row_mean([0.1] * 29), 100, 0.95)
 
 
 def test_pairing_cancels_what_rows_share() -> None:

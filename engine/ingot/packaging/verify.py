@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ingot.errors import PackageError
-from ingot.package.bundle import check_manifest
+from ingot.packaging.bundle import check_manifest
 
 CHILD = Path(__file__).with_name("clean_process.py")
 LAST_LINES = 15

@@ -19,7 +19,7 @@ import uvicorn
 
 from ingot.errors import ServeError
 from ingot.model.generate import Runtime
-from ingot.serve.app import create_app
+from ingot.serving.app import create_app
 
 KEY_VARIABLE = "INGOT_API_KEY"
 START_TIMEOUT_S = 60.0

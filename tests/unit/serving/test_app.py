@@ -12,8 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ingot.model.generate import Runtime
-from ingot.serve.app import create_app
-from ingot.serve.engine import Engine
+from ingot.serving.app import create_app
+from ingot.serving.engine import Engine
 
 CHAT, TEXT, MLFLOW = "/v1/chat/completions", "/v1/completions", "/invocations"
 ASKED = [{"role": "user", "content": "Hello!"}]

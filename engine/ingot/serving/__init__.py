@@ -8,7 +8,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackage(str(error.name), "serving") from error
 
-from ingot.serve.app import create_app
-from ingot.serve.server import Endpoint, find_model_folder, serve
+from ingot.serving.app import create_app
+from ingot.serving.server import Endpoint, find_model_folder, serve
 
 __all__ = ["Endpoint", "create_app", "find_model_folder", "serve"]

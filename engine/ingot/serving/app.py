@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ingot.model.generate import Generation, InputError, Runtime
-from ingot.serve.engine import ClosedError, Engine, QueueFullError
-from ingot.serve.schemas import (
+from ingot.serving.engine import ClosedError, Engine, QueueFullError
+from ingot.serving.schemas import (
     ChatRequest,
     CompletionRequest,
     InvocationRequest,

@@ -14,7 +14,7 @@ import pytest
 
 from ingot.errors import ServeError
 from ingot.model.generate import Runtime
-from ingot.serve.server import Endpoint, find_model_folder, serve
+from ingot.serving.server import Endpoint, find_model_folder, serve
 
 
 def test_a_package_a_run_and_a_plain_folder_are_found(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_refused_question_is_a_serve_error(text_folder: Path) -> None:
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_the_server_cleanly(text_folder: Path, sent: signal.Signals, repo_root: Path) -> None:
-    code = "import sys; from pathlib import Path; from ingot.serve import serve; serve(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from ingot.serving import serve; serve(Path(sys.argv[1]))"
     environment = os.environ | {"PYTHONPATH": str(repo_root / "engine"), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-c", code, str(text_folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ingot.model.generate import Runtime
-from ingot.serve.engine import ClosedError, Engine
+from ingot.serving.engine import ClosedError, Engine
 
 
 @pytest.fixture
