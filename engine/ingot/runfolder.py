@@ -2,6 +2,7 @@
 here.
 """
 
+import errno
 import json
 import os
 import platform
@@ -85,10 +86,10 @@ def create_run(recipe: Recipe, home: Path) -> Run:
 
     Raises IngotError when the folder cannot be written.
     """
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(recipe.output).resolve() / f"{recipe.name}-{stamp}-{recipe_hash(recipe)[:6]}"
+    output = Path(recipe.output).resolve()
+    folder = output
     try:
-        folder.mkdir(parents=True)
+        folder = _new_folder(output, recipe)
         (folder / "resolved.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(
             folder / "run.json",
@@ -111,26 +112,44 @@ def create_run(recipe: Recipe, home: Path) -> Run:
     return Run(folder, recipe, home.resolve())
 
 
+def _new_folder(output: Path, recipe: Recipe) -> Path:
+    """Make a folder that no other run has: runs of one sweep start within one second."""
+    output.mkdir(parents=True, exist_ok=True)
+    stamp = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}-{recipe_hash(recipe)[:6]}"
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        try:
+            (output / f"{stamp}{suffix}").mkdir()
+        except FileExistsError:
+            continue
+        return output / f"{stamp}{suffix}"
+    raise FileExistsError(errno.EEXIST, "it and a thousand more exist", str(output / stamp))
+
+
 def open_run(folder: Path) -> Run:
     """Open a run's folder; a folder that is none is an IngotError that says what a run holds."""
     folder = folder.resolve()
     if not (folder / "run.json").is_file():
         raise IngotError(f"{folder} is no run: it has no run.json. `ingot runs` lists the runs")
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return Run(folder, load_recipe(folder / "resolved.yaml"), Path(record["home"]))
+    try:
+        home = Path(json.loads((folder / "run.json").read_text(encoding="utf-8"))["home"])
+    except (ValueError, KeyError) as error:
+        raise IngotError(f"{folder / 'run.json'} is damaged ({error}); start a new run") from error
+    return Run(folder, load_recipe(folder / "resolved.yaml"), home)
 
 
 def list_runs(output: Path) -> list[dict[str, Any]]:
     """Records of all runs under `output`, newest first; each with its folder and, where measured, its scores."""
     found = []
-    for path in sorted(output.glob("*/run.json"), key=lambda p: p.stat().st_mtime, reverse=True):
-        record = json.loads(path.read_text(encoding="utf-8")) | {"folder": str(path.parent)}
-        summary = path.parent / "summary.json"
-        record["metrics"] = (
-            json.loads(summary.read_text(encoding="utf-8")).get("metrics", {}) if summary.is_file() else {}
-        )
-        found.append(record)
-    return found
+    for path in output.glob("*/run.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            summary = path.parent / "summary.json"
+            scores = json.loads(summary.read_text(encoding="utf-8")).get("metrics", {}) if summary.is_file() else {}
+        except ValueError:  # one damaged run does not hide the others
+            continue
+        found.append(record | {"folder": str(path.parent), "metrics": scores})
+    # Runs of one second: the one with the higher number is newer.
+    return sorted(found, key=lambda record: (record["created"], len(record["folder"]), record["folder"]), reverse=True)
 
 
 def versions() -> dict[str, str]:
@@ -147,5 +166,8 @@ def versions() -> dict[str, str]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON beside `path` and move it there, so that a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -49,7 +49,11 @@ def snapshot(folder: Path) -> dict[Path, int]:
 
 def test_chat(ingot, chat_project):
     summary = everything(
-        ingot, chat_project, {"json_exact_match", "json_argument_f1", "json_valid"}, verify=True, track={"enabled": True}
+        ingot,
+        chat_project,
+        {"json_exact_match", "json_argument_f1", "json_valid"},
+        verify=True,
+        track={"enabled": True},
     )
     assert summary["question"] == "book 30 tables"
     assert isinstance(summary["answer"], str)
@@ -150,7 +154,15 @@ def test_classification_with_a_trained_head(ingot, make_project, classifier_fold
 def test_what_a_person_sees(ingot, project):
     done = ingot("run", project.recipe, "package.enabled=true", "package.verify=false", "serve.enabled=true")
     assert done.code == 0, done.err
-    for part in ("bleu", "asked over HTTP", "item 30", "answered", "stages", "finetune", "next: ingot serve runs/tiny-"):
+    for part in (
+        "bleu",
+        "asked over HTTP",
+        "item 30",
+        "answered",
+        "stages",
+        "finetune",
+        "next: ingot serve runs/tiny-",
+    ):
         assert part in done.out
     assert "4/4 steps" in done.err
 
