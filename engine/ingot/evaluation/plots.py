@@ -58,6 +58,7 @@ def run_picture(
         figure, axes = plt.subplots(
             1, len(widths), figsize=(16, 6.4), dpi=100, width_ratios=widths, layout="constrained"
         )
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         figure.suptitle(title, x=0.012, ha="left", fontsize=21, fontweight="bold")
         _losses(axes[0], train, validation)
         for axis, group in zip(axes[1:], groups, strict=True):

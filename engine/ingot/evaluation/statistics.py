@@ -33,14 +33,13 @@ def _resampled_sums(rows_NK: Array, samples: int, seed: int) -> Array:
     n = len(rows_NK)
     generator = np.random.default_rng(seed)
     sums_SK = np.empty((samples, rows_NK.shape[1]))
-    step = max(1, COUNTS_AT_ONCE // n)
-    for start in range(0, samples, step):
-        size = min(step, samples - start)
-        counts_SN = np.empty((size, n))
+    buffer_SN = np.empty((min(samples, max(1, COUNTS_AT_ONCE // n)), n))
+    for start in range(0, samples, len(buffer_SN)):
+        counts_SN = buffer_SN[: samples - start]
         for counts_N in counts_SN:
             # Five times as fast as a multinomial draw of 100,000 rows.
             counts_N[:] = np.bincount(generator.integers(0, n, n), minlength=n)
-        sums_SK[start : start + size] = counts_SN @ rows_NK
+        sums_SK[start : start + len(counts_SN)] = counts_SN @ rows_NK
     return sums_SK
 
 

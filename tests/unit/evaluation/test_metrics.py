@@ -82,6 +82,13 @@ def test_bleu_equals_sacrebleu_and_tells_its_signature() -> None:
     assert statistic.value() == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, streams).score, abs=1e-9)
     assert 1 < statistic.value() < 99
     signature = statistic.details["signature"]
+    assert signature.startswith("nrefs:var|")
+    assert (
+        METRICS["bleu"]
+        .compute(PREDICTIONS, [refs[:1] for refs in REFERENCES])
+        .details["signature"]
+        .startswith("nrefs:1|")
+    )
     assert "tok:13a" in signature
     assert f"version:{sacrebleu.__version__}" in signature
     assert "eff:no" in signature  # what was computed, not what the per-row counts were collected with

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib import image, pyplot
+from matplotlib.transforms import Bbox
 
 from ingot.evaluation.plots import _smoothed, run_picture
 from ingot.evaluation.runner import Score
@@ -73,11 +74,49 @@ def test_every_metric_is_drawn_once_with_its_value(tmp_path: Path, monkeypatch: 
     assert seen == [[], ["0.200", "0.100", "0.600", "0.300"], ["3.0", "40.0"]]
 
 
-def test_smoothing_keeps_a_constant_and_follows_a_trend() -> None:
-    assert _smoothed([]) == []
+NAMES = ("exact_match", "rouge1", "rouge2", "rougeL", "rougeLsum", "json_valid", "json_exact_match", "json_argument_f1")
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned"),
+    [
+        (SHARES, BETTER),
+        ({name: score(0.5) for name in NAMES}, {name: score(0.52) for name in NAMES}),
+        ({name: score(0.5) for name in (*NAMES, "bleu")}, {name: score(0.97) for name in (*NAMES, "bleu")}),
+        (None, {"perplexity": score(12.0, better=False), "loss": score(2.5, better=False)}),
+        ({"perplexity": score(23456.7, half=900.0)}, {"perplexity": score(23500.1, half=900.0)}),
+    ],
+    ids=["two", "eight", "eight and bleu", "likelihoods", "long numbers"],
+)
+def test_no_text_covers_another_or_leaves_the_picture(
+    base: dict[str, Score] | None, tuned: dict[str, Score], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes: list[tuple[str, Bbox]] = []
+
+    def spy(figure: pyplot.Figure, path: Path) -> None:
+        figure.canvas.draw()
+        for axis in figure.axes:
+            left, right = axis.get_xlim()
+            ticks = [text for text in axis.get_xticklabels() if left <= text.get_position()[0] <= right]
+            texts = [*axis.texts, *ticks, axis.xaxis.label]
+            texts += axis.get_legend().get_texts() if axis.get_legend() else []
+            boxes.extend((text.get_text(), text.get_window_extent()) for text in texts if text.get_text())
+        boxes.append((figure.get_suptitle(), figure._suptitle.get_window_extent()))
+
+    monkeypatch.setattr(pyplot.Figure, "savefig", spy)
+    run_picture(TRAIN, VALIDATION, base, tuned, tmp_path / "picture.png", "a run")
+    overlapping = [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.overlaps(two)]
+    outside = [a for a, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > 1600 or box.y1 > 640]
+    assert len(boxes) > 6
+    assert (overlapping, outside) == ([], [])
+
+
+def test_smoothing_keeps_a_constant_and_does_not_lag() -> None:
+    assert _smoothed([2.5]) == [2.5]
     assert _smoothed([2.0] * 100) == pytest.approx([2.0] * 100)
     falling = [float(100 - i) for i in range(100)]
     smooth = _smoothed(falling)
-    assert smooth[0] == 100.0
+    assert smooth[2:-2] == pytest.approx(falling[2:-2])
     assert all(a > b for a, b in itertools.pairwise(smooth))
-    assert abs(smooth[-1] - falling[-1]) < 6
+    noisy = [1.0 + 0.1 * (-1) ** i for i in range(400)]
+    assert max(abs(value - 1.0) for value in _smoothed(noisy)[20:-20]) < 0.01

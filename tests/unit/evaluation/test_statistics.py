@@ -1,5 +1,8 @@
 """Intervals that cover, paired tests that see what unpaired ones miss, and exact tests against scipy."""
 
+import math
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
@@ -128,7 +131,7 @@ def test_mcnemar_is_for_zero_and_one_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lost", "won"), [(0, 0), (0, 1), (1, 0), (0, 5), (3, 12), (12, 3), (7, 7), (40, 61), (900, 1100)]
+    ("lost", "won"), [(0, 0), (0, 1), (1, 0), (0, 5), (3, 12), (12, 3), (7, 7), (40, 61), (900, 1100), (5000, 5200)]
 )
 def test_mcnemar_equals_the_binomial_test(lost: int, won: int) -> None:
     expected = binomtest(lost, lost + won).pvalue if lost + won else 1.0
@@ -136,7 +139,19 @@ def test_mcnemar_equals_the_binomial_test(lost: int, won: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "discordance", "points"), [(200, 0.1, 6.3), (500, 0.2, 5.6), (1319, 0.1, 2.4), (5000, 0.2, 1.8)]
+    ("n", "discordance", "points"),
+    [
+        (200, 0.1, 6.3),
+        (200, 0.2, 8.9),
+        (500, 0.1, 4.0),
+        (500, 0.2, 5.6),
+        (1319, 0.1, 2.4),
+        (1319, 0.2, 3.5),
+        (5000, 0.1, 1.3),
+        (5000, 0.2, 1.8),
+        (14042, 0.1, 0.75),
+        (14042, 0.2, 1.1),
+    ],
 )
 def test_detectable_difference_has_known_values(n: int, discordance: float, points: float) -> None:
     assert 100 * detectable_difference(n, discordance) == pytest.approx(points, abs=0.15)
@@ -149,3 +164,26 @@ def test_a_detectable_difference_is_detected_with_the_promised_power() -> None:
     won, lost, _ = draw.multinomial(n, [(discordance + d) / 2, (discordance - d) / 2, 1 - discordance], size=1500).T
     power = np.mean([mcnemar_exact(int(a), int(b)) < 0.05 for a, b in zip(lost, won, strict=True)])
     assert 0.72 <= power <= 0.84  # the exact test is a little more careful than the normal approximation
+
+
+def test_a_set_too_small_to_see_any_difference_says_so() -> None:
+    assert detectable_difference(10, 0.1) == math.inf  # one row of ten differs at all
+    assert detectable_difference(100, 0.1) < 0.1
+
+
+def test_paired_models_may_know_different_classes() -> None:
+    references = [["a"], ["b"]] * 30
+    base = METRICS["f1_macro"].compute(["c", "d"] * 30, references)
+    tuned = METRICS["f1_macro"].compute(["a", "b"] * 30, references)
+    assert base.rows.shape[1] != tuned.rows.shape[1]
+    assert paired(base, tuned, 100, 0.95).difference == 1.0
+
+
+def test_memory_does_not_grow_with_rows_times_samples() -> None:
+    rows_NK = np.ones((100_000, 2))
+    tracemalloc.start()
+    sums = _resampled_sums(rows_NK, 60, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (sums == 100_000).all()
+    assert peak < 30e6  # all counts at once would be 48 MB here, and 800 MB for 1,000 samples
