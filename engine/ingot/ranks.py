@@ -2,16 +2,18 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ingot.errors import IngotError
 from ingot.recipe import Parallel
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,23 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
+def on_main(work: Callable[[], Value]) -> Value:
+    """Run `work` on rank 0 and return its (small, picklable) value on every rank.
+
+    When it raises an IngotError there, every rank raises, so that none waits for a dead one.
+    """
+    if not dist.is_initialized():
+        return work()
+    value, problem = None, None
+    if dist.get_rank() == 0:
+        try:
+            value = work()
+        except IngotError as error:
+            problem = error
+    # The message travels, not the error: its class may need more than a message to be built again.
+    value, message = broadcast((value, None if problem is None else str(problem)))
+    if problem is not None:
+        raise problem
+    if message is not None:
+        raise IngotError(message)
+    return value  # type: ignore[return-value]

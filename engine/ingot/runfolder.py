@@ -153,8 +153,8 @@ def list_runs(output: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that shape a result; absent ones are left out."""
-    found = {}
+    """Versions of the packages that shape a result; absent ones are left out, but for Ingot on the import path only."""
+    found = {"ingot": "not installed"}
     for name in VERSIONS:
         try:
             found[name] = version(name)

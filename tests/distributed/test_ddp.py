@@ -75,6 +75,16 @@ def test_two_ranks_equal_one(recipe_file, tmp_path):
         )
 
 
+def test_what_fails_on_rank_0_ends_every_rank_with_its_message(recipe_file, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = subprocess.run(command(2, recipe_file, tmp_path / "file"), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "error: " in done.stderr
+    assert "error (rank 1): " in done.stderr
+    assert done.stderr.count("cannot be written") == 2
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("Root Cause")[0].replace("Traceback (most recent call last):\n  File \"<frozen runpy>", "")
+
+
 def run_metrics(run: Path, name: str) -> list[float]:
     return [p["metrics"][name] for p in read_metrics(run / "metrics.jsonl") if name in p["metrics"]]
 

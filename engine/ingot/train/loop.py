@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from ingot.data.loader import IGNORE, collate, microbatches, plan_epoch
 from ingot.data.template import Encoded
 from ingot.errors import IngotError, Interrupted
 from ingot.parallel.apply import Sharded
-from ingot.ranks import all_reduce_sum, barrier, broadcast
+from ingot.ranks import all_reduce_sum, on_main
 from ingot.recipe import Recipe, Train
 from ingot.train import checkpoint
 from ingot.train.checkpoint import Progress
@@ -126,7 +127,7 @@ def fit(
                 or stop
                 or (state.validation_loss is not None and state.best_step == done)
             ):
-                _save(sharded, folder, optimizer, state, train.keep_checkpoints)
+                on_main(partial(checkpoint.save, folder, sharded.plain, optimizer, state, train.keep_checkpoints))
             if stop and done < len(plan):
                 raise Interrupted(
                     f"stopped after step {done} of {len(plan)}; everything up to it is in {folder / 'last'}. "
@@ -217,20 +218,6 @@ def _watch(state: Progress, loss: float) -> Progress:
     if state.best_loss is None or loss < state.best_loss:
         state = replace(state, best_loss=loss, best_step=state.step)
     return replace(state, validation_loss=loss)
-
-
-def _save(sharded: Sharded, folder: Path, optimizer: torch.optim.Optimizer, state: Progress, keep: int) -> None:
-    """Rank 0 writes; every rank learns of a failure, so that none waits for a dead one."""
-    problem = None
-    if sharded.ranks.main:
-        try:
-            checkpoint.save(folder, sharded.plain, optimizer, state, keep)
-        except IngotError as error:
-            problem = error
-    problem = broadcast(problem)
-    if problem is not None:
-        raise problem
-    barrier()
 
 
 @contextmanager
