@@ -91,7 +91,16 @@ def test_bleu_equals_sacrebleu_and_tells_its_signature() -> None:
     )
     assert "tok:13a" in signature
     assert f"version:{sacrebleu.__version__}" in signature
+    assert "nrefs:var" in signature  # rows have one or two references
     assert "eff:no" in signature  # what was computed, not what the per-row counts were collected with
+
+
+def test_bleu_without_a_matching_4_gram_is_smoothed_as_sacrebleu_does() -> None:
+    prediction, reference = "the red house by the old lake", "an old lake near the red house"
+    statistic = METRICS["bleu"].compute([prediction], [[reference]])
+    assert statistic.value() == pytest.approx(sacrebleu.corpus_bleu([prediction], [[reference]]).score, abs=1e-9)
+    assert statistic.value() > 1  # and not the 0 of an unsmoothed product
+    assert "smooth:exp" in statistic.details["signature"]
 
 
 def test_bleu_of_a_resample_equals_sacrebleu_on_those_rows() -> None:
@@ -100,6 +109,13 @@ def test_bleu_of_a_resample_equals_sacrebleu_on_those_rows() -> None:
     for rows in ([0, 0, 1, 3], [3, 3, 3, 3], [2, 1, 0, 2]):
         expected = sacrebleu.corpus_bleu([PREDICTIONS[i] for i in rows], [[references[i][0] for i in rows]]).score
         assert float(statistic.value_of(statistic.rows[rows].sum(0))) == pytest.approx(expected, abs=1e-9)
+
+
+def test_bleu_without_a_matching_4_gram_is_smoothed_as_sacrebleu_does() -> None:
+    prediction, reference = "the cat sat down here now", "the cat sat on the mat"
+    expected = sacrebleu.corpus_bleu([prediction], [[reference]]).score
+    assert expected > 1
+    assert one("bleu", prediction, reference) == pytest.approx(expected, abs=1e-9)
 
 
 def test_bleu_is_one_value_per_resample() -> None:
@@ -121,6 +137,15 @@ def test_rouge_equals_rouge_score_and_takes_the_best_reference(name: str) -> Non
     statistic = METRICS[name].compute(PREDICTIONS, REFERENCES)
     assert statistic.per_row() == pytest.approx(best)
     assert statistic.value() == pytest.approx(sum(best) / len(best))
+
+
+def test_rouge_does_not_stem() -> None:
+    statistic = METRICS["rouge1"].compute(["running houses"], [["run house"]])
+    assert (statistic.value(), statistic.details) == (0.0, {"stemmer": False})
+
+
+def test_rouge_does_not_stem() -> None:
+    assert one("rouge1", "running restaurants", "runs restaurant") == 0.0
 
 
 def test_rouge_lsum_reads_lines_and_rouge_l_does_not() -> None:
