@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class Project:
 
     @property
     def runs(self) -> list[Path]:
-        return sorted(path for path in (self.folder / "runs").glob("*") if path.is_dir())
+        return sorted(path.parent for path in (self.folder / "runs").glob("*/run.json"))
 
     @property
     def run(self) -> Path:
@@ -138,7 +138,7 @@ class Project:
 
 
 @pytest.fixture
-def make_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path, str], Project]]:
+def make_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], Project]:
     """make_project(model folder, task) -> Project; the working folder is its folder."""
 
     def make(model: Path, task: str) -> Project:
@@ -147,7 +147,7 @@ def make_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
         monkeypatch.chdir(folder)
         return Project(folder, model, task)
 
-    yield make
+    return make
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ingot.model.generate import Runtime
+from ingot.model.runtime import Runtime
 from ingot.packaging import package_model, verify_package
 from ingot.serving import Endpoint
 

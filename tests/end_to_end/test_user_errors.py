@@ -184,7 +184,7 @@ def test_serving_nothing(ingot, project):
 def test_debug_shows_the_traceback(ingot, project):
     from ingot import IngotError
 
-    with pytest.raises(IngotError, match="trian.jsonl") as caught:  # raised to the interpreter, which prints it
+    with pytest.raises(IngotError, match=r"trian\.jsonl") as caught:  # raised to the interpreter, which prints it
         ingot("finetune", project.recipe, "data.train=trian.jsonl", "--debug")
     assert any(entry.path.name == "sources.py" for entry in caught.traceback)
 

@@ -95,3 +95,18 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["facts.json"]
+
+
+def test_versions_name_ingot_even_when_it_is_only_on_the_import_path(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from ingot import runfolder
+
+    def find(name: str) -> str:
+        if name == "ingot":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(runfolder, "version", find)
+    assert versions()["ingot"] == "not installed"
+    assert versions()["torch"] == "1.0"
