@@ -21,7 +21,6 @@ from ingot.evaluation.metrics import metric_names
 from ingot.evaluation.runner import Evaluation
 from ingot.model import adapters
 from ingot.model.export import export_model, probes
-from ingot.model.generate import Runtime
 from ingot.model.load import (
     Tokenizer,
     context_length,
@@ -32,6 +31,7 @@ from ingot.model.load import (
     resolve_dtype,
     resolve_pooling,
 )
+from ingot.model.runtime import Runtime
 from ingot.model.source import model_folder
 from ingot.parallel.apply import Sharded, recompute_blocks
 from ingot.progress import Progress

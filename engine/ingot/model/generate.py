@@ -1,32 +1,22 @@
-"""Text from a causal language model, and the runtime around a finished model folder.
+"""Text from a causal language model.
 
-Self-contained (standard library, torch, transformers and the sibling `pooling.py`): evaluation, the MLflow package
-(which holds a copy of this file) and the endpoint all answer through it, so that what was measured is what is served.
+Self-contained (standard library, torch, transformers): evaluation, the MLflow package (which holds a copy of this
+file) and
+the endpoint all answer through it, so that what was measured is what is served.
 """
 
 # B rows of the running batch, T tokens, V vocabulary
 
 import inspect
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
-from .pooling import CLASSIFIER_FILE, MeanPoolClassifier, class_probabilities
-
-RUNTIME_FILE = "ingot.json"
-DEFAULT_NEW_TOKENS = 128
 # The decoder of some tokenizers drops a leading space, so new text is decoded behind this many prompt tokens.
 CONTEXT_TOKENS = 8
 UNFINISHED_CHARACTER = "\ufffd"
@@ -188,7 +178,7 @@ def _decode(
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], -1)
 
 
-def _rows(
+def make_rows(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], sampling: Sampling
 ) -> list[_Row]:
     limit = context_limit(model)
@@ -208,7 +198,7 @@ def _rows(
     return [_Row(i, prompt, decode, random.Random(f"{seed}/{i}")) for i, prompt in enumerate(prompts)]
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return (
         0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     )  # masked: any id of the vocabulary will do
@@ -233,8 +223,8 @@ def generate(
     (at least one prompt). `progress` gets how many prompts each batch finished. Raises `InputError`, a ValueError.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, tuple(stop), seed)
-    rows = _rows(model, tokenizer, prompts, sampling)
-    ends, pad_id = end_ids(model, tokenizer), _pad_id(tokenizer)
+    rows = make_rows(model, tokenizer, prompts, sampling)
+    ends, pad_id = end_ids(model, tokenizer), padding_id(tokenizer)
     # Longest first: memory runs out at the first batch or never.
     waiting = sorted(rows, key=lambda row: len(row.prompt), reverse=True)
     was_training = model.training
@@ -259,9 +249,9 @@ def stream(
 
     A piece is held back while it may still become a stop string or the rest of a character.
     """
-    [row] = _rows(model, tokenizer, [prompt], sampling)
+    [row] = make_rows(model, tokenizer, [prompt], sampling)
     sent = 0
-    for _ in _decode(model, [row], end_ids(model, tokenizer), _pad_id(tokenizer), sampling):
+    for _ in _decode(model, [row], end_ids(model, tokenizer), padding_id(tokenizer), sampling):
         if not row.finish_reason:
             text = row.full_text()
             text = text.rstrip(UNFINISHED_CHARACTER)
@@ -287,125 +277,3 @@ def plain_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     probe, dressed, ids = bare("a"), list(tokenizer("a")["input_ids"]), bare(text.rstrip(" "))
     prefix = dressed[: next((n for n in range(len(dressed)) if dressed[n : n + len(probe)] == probe), 0)]
     return ids if ids[: len(prefix)] == prefix else prefix + ids
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """What `ingot.json` says about a model folder; for a folder without one, what its configuration implies."""
-    if (folder / RUNTIME_FILE).is_file():
-        return json.loads((folder / RUNTIME_FILE).read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tokenizer = folder / "tokenizer_config.json"
-    chat = (folder / "chat_template.jinja").is_file() or (
-        tokenizer.is_file() and "chat_template" in json.loads(tokenizer.read_text(encoding="utf-8"))
-    )
-    if (folder / CLASSIFIER_FILE).is_file():
-        return {"task": "text-classification", "pooling": "mean"}
-    if any("ForSequenceClassification" in name for name in config.get("architectures") or []):
-        return {"task": "text-classification", "pooling": "head"}
-    return {"task": "chat-completion" if chat else "text-generation"}
-
-
-class Runtime:
-    """A finished model folder, ready to answer. Not thread-safe: one caller at a time."""
-
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, about: dict[str, Any]) -> None:
-        self.model, self.tokenizer, self.about = model.eval(), tokenizer, about
-        self.task: str = about["task"]
-        self.default_new_tokens = int(about.get("max_new_tokens") or DEFAULT_NEW_TOKENS)
-        named = getattr(model.config, "id2label", None) or {}  # type: ignore[union-attr]
-        self.labels: tuple[str, ...] = tuple(about.get("labels") or [named[i] for i in sorted(named)])
-
-    @classmethod
-    def load(cls, folder: str | Path, device: str = "auto") -> "Runtime":
-        """Load a complete Hugging Face folder (safetensors, no remote code, no network). On a CPU in float32."""
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no config.json: not a model folder")
-        about = describe(folder)
-        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        dtype: Any = "auto" if where.type == "cuda" else torch.float32
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        if about["task"] != "text-classification":
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **local)
-        elif about.get("pooling") == "mean":
-            model = MeanPoolClassifier.from_pretrained(folder, dtype=dtype)
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, **local
-            )
-        return cls(model.to(where), tokenizer, about)
-
-    def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """The prompt of a conversation, by the tokenizer's own chat template."""
-        self._require_text()
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError("messages", "this model has no chat template: send a prompt instead")
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # templates are programs: they raise anything, mostly jinja2's TemplateError
-            raise InputError("messages", f"the model's chat template refuses these messages: {error}") from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The prompt of a completion."""
-        self._require_text()
-        return plain_prompt_ids(self.tokenizer, prompt)
-
-    def _require_text(self) -> None:
-        if self.task == "text-classification":
-            raise InputError("model", "this model classifies text: it does not write any")
-
-    def sampling(self, prompts: Sequence[list[int]], params: dict[str, Any]) -> Sampling:
-        """`params` (max_new_tokens, temperature, top_p, stop, seed; None: default) -> `Sampling`.
-
-        Without max_new_tokens the folder's default is used, or what the context leaves.
-        """
-        given = {key: value for key, value in params.items() if value is not None}
-        if "max_new_tokens" not in given:
-            limit, longest = context_limit(self.model), max(map(len, prompts), default=0)
-            if limit is not None and longest >= limit:
-                raise InputError(
-                    "prompt", f"{longest} prompt tokens leave no room for an answer: the model reaches {limit}"
-                )
-            room = self.default_new_tokens if limit is None else limit - longest
-            given["max_new_tokens"] = min(self.default_new_tokens, room)
-        stop = given.pop("stop", ())
-        return Sampling(stop=(stop,) if isinstance(stop, str) else tuple(stop), **given)
-
-    def generate(self, prompts: Sequence[list[int]], **params: Any) -> list[Generation]:
-        """Answer prompts given as ids; `params` as in `sampling`."""
-        chosen = self.sampling(prompts, params)
-        return generate(self.model, self.tokenizer, prompts, **vars(chosen))
-
-    def stream(self, prompt: list[int], **params: Any) -> Iterator[str | Generation]:
-        """As the module's `stream`; errors of `params` or of the prompt's length are raised by this call already."""
-        chosen = self.sampling([prompt], params)
-        _rows(self.model, self.tokenizer, [prompt], chosen)
-        return stream(self.model, self.tokenizer, prompt, chosen)
-
-    def chat(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **params: Any
-    ) -> Generation:
-        """Answer one conversation."""
-        return self.generate([self.chat_ids(messages, tools)], **params)[0]
-
-    def complete(self, prompt: str, **params: Any) -> Generation:
-        """Continue one prompt."""
-        return self.generate([self.prompt_ids(prompt)], **params)[0]
-
-    def classify(self, texts: Sequence[str], tokens_per_batch: int = 8192) -> list[tuple[str, dict[str, float]]]:
-        """The most likely label of each text, and the probability of every label."""
-        if self.task != "text-classification":
-            raise InputError("model", "this model writes text: it does not classify")
-        limits = [n for n in (context_limit(self.model), self.tokenizer.model_max_length) if n is not None]
-        cut = self.about.get("max_tokens")  # training cut longer texts there, so the same is done here
-        encoded = [list(self.tokenizer(t, truncation=cut is not None, max_length=cut)["input_ids"]) for t in texts]
-        for ids in encoded:
-            if not ids:
-                raise InputError("text", "the text holds no token")
-            if len(ids) > min(limits, default=len(ids)):
-                raise InputError("text", f"{len(ids)} tokens, and the model reaches {min(limits)}")
-        probs = class_probabilities(self.model, encoded, _pad_id(self.tokenizer), tokens_per_batch)
-        answers = [dict(zip(self.labels, row, strict=True)) for row in probs]
-        return [(max(answer, key=answer.__getitem__), answer) for answer in answers]

@@ -27,7 +27,10 @@ FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py"
 TEXT_TASKS = ("chat-completion", "text-generation", "language-modeling")
 PIPELINE_TAGS = {"text-classification": "text-classification"}
 HERE = Path(__file__).parent
-RUNTIME_SOURCES = (HERE.parent / "model/generate.py", HERE.parent / "model/pooling.py", HERE / "pyfunc_model.py")
+RUNTIME_SOURCES = (
+    *(HERE.parent / "model" / f"{name}.py" for name in ("generate", "pooling", "runtime")),
+    HERE / "pyfunc_model.py",
+)
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "numpy")
 
 

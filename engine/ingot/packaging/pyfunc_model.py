@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from ingot.model.generate import InputError, Runtime
+from ingot.model.generate import InputError
+from ingot.model.runtime import Runtime
 
 # Sampling parameters as clients name them -> as the runtime does. The signature declares exactly these.
 PARAMS = {

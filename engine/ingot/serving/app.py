@@ -15,7 +15,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ingot.model.generate import Generation, InputError, Runtime
+from ingot.model.generate import Generation, InputError
+from ingot.model.runtime import Runtime
 from ingot.serving.engine import ClosedError, Engine, QueueFullError
 from ingot.serving.schemas import (
     ChatRequest,

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ingot.model.generate import Generation, Runtime
+from ingot.model.generate import Generation
+from ingot.model.runtime import Runtime
 
 Result = TypeVar("Result")
 END = object()

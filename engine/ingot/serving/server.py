@@ -18,7 +18,7 @@ from typing import Any, Self
 import uvicorn
 
 from ingot.errors import ServeError
-from ingot.model.generate import Runtime
+from ingot.model.runtime import Runtime
 from ingot.serving.app import create_app
 
 KEY_VARIABLE = "INGOT_API_KEY"

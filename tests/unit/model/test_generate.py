@@ -17,7 +17,6 @@ from ingot.data.template import prompt_ids
 from ingot.model.generate import (
     Generation,
     InputError,
-    Runtime,
     Sampling,
     _choose,
     _Row,
@@ -26,6 +25,7 @@ from ingot.model.generate import (
     plain_prompt_ids,
     stream,
 )
+from ingot.model.runtime import Runtime
 from ingot.recipe import Data, Objective
 
 WORDS = ["Hello!", "The quick brown fox jumps over the lazy dog.", "What is", "I would like to book a table for two."]

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from ingot.model.generate import InputError, Runtime
+from ingot.model.generate import InputError
+from ingot.model.runtime import Runtime
 from ingot.packaging.pyfunc_model import PackagedModel, _load_pyfunc
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ingot.errors import PackageError
-from ingot.model.generate import Runtime
+from ingot.model.runtime import Runtime
 from ingot.packaging import bundle, verify
 from ingot.packaging.bundle import package_model
 from ingot.packaging.clean_process import Hiding, closure

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from ingot.model.generate import Runtime
+from ingot.model.runtime import Runtime
 from ingot.serving.app import create_app
 from ingot.serving.engine import Engine
 

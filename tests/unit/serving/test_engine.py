@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ingot.model.generate import Runtime
+from ingot.model.runtime import Runtime
 from ingot.serving.engine import ClosedError, Engine
 
 

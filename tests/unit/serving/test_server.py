@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from ingot.errors import ServeError
-from ingot.model.generate import Runtime
+from ingot.model.runtime import Runtime
 from ingot.serving.server import Endpoint, find_model_folder, serve
 
 
