@@ -204,6 +204,8 @@ def export(
     described = {
         "task": recipe.objective.task,
         "labels": list(prepared.splits.labels),
+        "pooling": recipe.model.pooling,  # decided by `resolve`: without it a reader would draw another head
+        "max_tokens": recipe.data.max_tokens,
         "max_new_tokens": recipe.evaluate.max_new_tokens,
         "example": request_of(example),
         "base_model": recipe.model.source,

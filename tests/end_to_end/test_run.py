@@ -140,7 +140,10 @@ def test_classification_with_an_encoder(ingot, make_project, encoder_folder):
     project = make_project(encoder_folder, "text-classification")
     summary = everything(ingot, project, {"accuracy", "f1_macro"}, verify=True)
     assert summary["answer"] in ("praise", "blame")
-    assert json.loads((project.run / "model" / "ingot.json").read_text())["labels"] == ["blame", "praise"]
+    about = json.loads((project.run / "model" / "ingot.json").read_text())
+    assert about["labels"] == ["blame", "praise"]
+    assert about["pooling"] == "mean"  # without it a reader draws a random head
+    assert about["max_tokens"] == 96
 
 
 def test_classification_with_a_trained_head(ingot, make_project, classifier_folder):
