@@ -18,6 +18,7 @@ from ingot.errors import DataError, RecipeError
 from ingot.evaluation.runner import Evaluation, Item, evaluate_likelihoods, evaluate_texts, merge_items
 from ingot.model.generate import context_limit, generate
 from ingot.model.load import Tokenizer, logits_of, pad_id
+from ingot.model.pooling import class_probabilities
 from ingot.recipe import Recipe
 
 Tick = Callable[[int], None]
@@ -65,7 +66,8 @@ def measure(
     task = recipe.objective.task
     items = make_items(examples, tokenizer, recipe, context_limit(model))
     if task == "text-classification":
-        probabilities = _class_probabilities(model, tokenizer, examples, labels, recipe, tick)
+        rows = [row.ids for row in _encoded(tokenizer, examples, labels, recipe)]
+        probabilities = class_probabilities(model, rows, pad_id(tokenizer), recipe.evaluate.tokens_per_batch, tick)
         chosen = [labels[max(range(len(row)), key=row.__getitem__)] for row in probabilities]
         return evaluate_texts(name, items, chosen, recipe.evaluate, task, started)
     if task == "language-modeling":
@@ -98,26 +100,6 @@ def _encoded(
 def _batches(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
     lengths = [len(row.ids) for row in rows]
     return microbatches(range(len(rows)), lengths, 0, 1, max(tokens, max(lengths)))
-
-
-def _class_probabilities(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    labels: tuple[str, ...],
-    recipe: Recipe,
-    tick: Tick,
-) -> list[list[float]]:
-    rows = _encoded(tokenizer, examples, labels, recipe)
-    device = next(model.parameters()).device
-    found: list[list[float]] = [[] for _ in rows]
-    for part in _batches(rows, recipe.evaluate.tokens_per_batch):
-        batch = collate([rows[i] for i in part], pad_id(tokenizer))
-        logits_BC = logits_of(model(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device)))
-        for index, row in zip(part, logits_BC.softmax(-1).tolist(), strict=True):
-            found[index] = row
-        tick(len(part))
-    return found
 
 
 def _row_losses(

@@ -5,7 +5,7 @@ Self-contained (torch, safetensors and transformers only): the packager copies t
 
 # B batch, T tokens, D hidden, C classes
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -70,11 +70,16 @@ class MeanPoolClassifier(nn.Module):
 
 @torch.inference_mode()
 def class_probabilities(
-    model: nn.Module, rows: Sequence[list[int]], pad_id: int, tokens_per_batch: int
+    model: nn.Module,
+    rows: Sequence[list[int]],
+    pad_id: int,
+    tokens_per_batch: int,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> list[list[float]]:
     """Token ids of each text -> probabilities [C] of each, in input order.
 
-    Batches hold texts of similar length, at most `tokens_per_batch` tokens counting padding (at least one text).
+    Batches hold texts of similar length, at most `tokens_per_batch` tokens counting padding (at least one text). `progress` gets the number
+    of texts that each batch finished.
     """
     configured = getattr(model.config, "pad_token_id", None)  # type: ignore[union-attr]
     # Decoders find the last token by comparing with the configured padding id; without one they take single rows.
@@ -92,4 +97,5 @@ def class_probabilities(
         output = model(input_ids=ids_BT, attention_mask=mask_BT)
         logits_BC = output if isinstance(output, Tensor) else output.logits
         found |= dict(zip(batch, torch.softmax(logits_BC.float(), -1).tolist(), strict=True))
+        progress(len(batch))
     return [found[index] for index in range(len(rows))]

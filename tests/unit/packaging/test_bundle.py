@@ -37,7 +37,13 @@ def test_every_file_is_there_and_in_the_manifest(text_folder: Path, tmp_path: Pa
         assert not re.search(r"^\s*(from|import) ingot\b", file.read_text(), re.MULTILINE), file.name
     top = {"MLmodel", "README.md", "conda.yaml", "python_env.yaml", "requirements.txt", "manifest.json"}
     assert files >= top | {"input_example.json", "serving_input_example.json"}
-    assert {path.name for path in code.iterdir()} == {"__init__.py", "generate.py", "pooling.py", "pyfunc_model.py"}
+    assert {path.name for path in code.iterdir()} == {
+        "__init__.py",
+        "generate.py",
+        "pooling.py",
+        "pyfunc_model.py",
+        "runtime.py",
+    }
     assert {p.name for p in (out / "model").iterdir()} == {p.name for p in text_folder.iterdir()}
     listed = json.loads((out / "manifest.json").read_text())["sha256"]
     assert set(listed) == files - {"manifest.json"}
