@@ -76,8 +76,6 @@ def _mcnemar_of(base: Statistic, tuned: Statistic) -> float | None:
 def mcnemar_exact(lost: int, won: int) -> float:
     """Two-sided exact binomial test that rows lost and rows won are equally likely (McNemar 1947)."""
     n, k = lost + won, min(lost, won)
-    if n == 0:
-        return 1.0
     # In logarithms: the plain sum of binomials over 2^n overflows from n = 1,024 on.
     logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
     return min(1.0, 2.0 * sum(map(math.exp, logs)))

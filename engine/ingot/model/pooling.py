@@ -78,7 +78,8 @@ def class_probabilities(
 ) -> list[list[float]]:
     """Token ids of each text -> probabilities [C] of each, in input order.
 
-    Batches hold texts of similar length, at most `tokens_per_batch` tokens counting padding (at least one text). `progress` gets the number
+    Batches hold texts of similar length, at most `tokens_per_batch` tokens counting padding (at least one text).
+    `progress` gets the number
     of texts that each batch finished.
     """
     configured = getattr(model.config, "pad_token_id", None)  # type: ignore[union-attr]

@@ -111,13 +111,6 @@ def test_bleu_of_a_resample_equals_sacrebleu_on_those_rows() -> None:
         assert float(statistic.value_of(statistic.rows[rows].sum(0))) == pytest.approx(expected, abs=1e-9)
 
 
-def test_bleu_without_a_matching_4_gram_is_smoothed_as_sacrebleu_does() -> None:
-    prediction, reference = "the cat sat down here now", "the cat sat on the mat"
-    expected = sacrebleu.corpus_bleu([prediction], [[reference]]).score
-    assert expected > 1
-    assert one("bleu", prediction, reference) == pytest.approx(expected, abs=1e-9)
-
-
 def test_bleu_is_one_value_per_resample() -> None:
     statistic = METRICS["bleu"].compute(PREDICTIONS, REFERENCES)
     sums = np.stack([statistic.rows.sum(0), statistic.rows[:2].sum(0), statistic.rows[3]])
@@ -142,10 +135,6 @@ def test_rouge_equals_rouge_score_and_takes_the_best_reference(name: str) -> Non
 def test_rouge_does_not_stem() -> None:
     statistic = METRICS["rouge1"].compute(["running houses"], [["run house"]])
     assert (statistic.value(), statistic.details) == (0.0, {"stemmer": False})
-
-
-def test_rouge_does_not_stem() -> None:
-    assert one("rouge1", "running restaurants", "runs restaurant") == 0.0
 
 
 def test_rouge_lsum_reads_lines_and_rouge_l_does_not() -> None:

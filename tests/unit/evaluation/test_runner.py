@@ -138,7 +138,7 @@ def test_scores_and_rows_come_back_from_the_folder(tmp_path: Path) -> None:
 
 def test_a_save_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat("tuned", ["yes"], ["yes"]).save(tmp_path)
-    before = (tmp_path / "tuned.json").read_text(encoding="utf-8")
+    before = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
 
     def cut(*args: object) -> None:
         raise OSError("power cut")
@@ -146,7 +146,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", cut)
     with pytest.raises(OSError, match="power cut"):
         chat("tuned", ["no"], ["yes"]).save(tmp_path)
-    assert (tmp_path / "tuned.json").read_text(encoding="utf-8") == before
+    assert {name: (tmp_path / name).read_text(encoding="utf-8") for name in before} == before
 
 
 def test_a_comparison_comes_back_from_the_folder(tmp_path: Path) -> None:

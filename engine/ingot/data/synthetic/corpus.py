@@ -1,4 +1,4 @@
-"""`nano-corpus`: short documents that teach a very small model to copy, to read dates and sums, to write JSON and what words mean.
+"""`nano-corpus`: short dialogues that teach a very small model to copy, to read dates and sums, to write JSON and what words mean.
 
 Left out on purpose: the tools and the answer format of `tool-calls`, and every sentence that holds one of its test
 patterns, whole or with words around it. Dialogues are written in the chat format of `ingot://nano`.
@@ -30,6 +30,7 @@ from ingot.data.synthetic.values import (
 
 SIZES = {"train": 90_000, "validation": 1_000}
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+Turns = tuple[str, ...]  # of user and assistant in turn
 ODD = 0.2  # share of invented names
 
 
@@ -42,11 +43,13 @@ HELD_OUT = re.compile("|".join(rf"\b{skeleton(pattern)}\b" for patterns in TEST.
 
 
 def rows(split: str) -> Iterator[dict[str, Any]]:
-    """Documents of `split` as {"text": ...}."""
+    """Dialogues of `split`, as messages and as one text in the chat format of `ingot://nano`."""
     rng = Random(f"nano-corpus {split} 1")
     makers, weights = zip(*MIX, strict=True)
     for _ in range(SIZES[split]):
-        yield {"text": rng.choices(makers, weights)[0](rng)}
+        turns = rng.choices(makers, weights)[0](rng)
+        messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        yield {"messages": messages, "text": chat(*turns)}
 
 
 def chat(*turns: str) -> str:
@@ -71,7 +74,7 @@ def request(rng: Random, situation: Situation) -> tuple[str, dict[str, object]]:
 # --- kinds of documents ------------------------------------------------------------------------------------------
 
 
-def _asked_record(rng: Random) -> str:
+def _asked_record(rng: Random) -> Turns:
     """A request and the names of fields -> a JSON record of these fields."""
     situation = rng.choice(SITUATIONS[:-1])
     text, values = request(rng, situation)
@@ -80,26 +83,27 @@ def _asked_record(rng: Random) -> str:
         rng.shuffle(names)
         names = names[: rng.randint(1, len(names))]
     record = {name: values[situation.fields[name]] for name in names}
-    return chat(
-        f"{text} {rng.choice(('Fields', 'Record', 'JSON'))}: {', '.join(names)}", json.dumps(record, ensure_ascii=False)
+    return (
+        f"{text} {rng.choice(('Fields', 'Record', 'JSON'))}: {', '.join(names)}",
+        json.dumps(record, ensure_ascii=False),
     )
 
 
-def _summary(rng: Random) -> str:
+def _summary(rng: Random) -> Turns:
     """A request -> its topic and values as a note of `name: value` lines in one."""
     situation = rng.choice(SITUATIONS)
     text, values = request(rng, situation)
     parts = [situation.topic, *(f"{name} {values[kind]}" for name, kind in situation.fields.items())]
-    return chat(f"{text} {rng.choice(('Sum it up.', 'In short?', 'Short form.'))}", "; ".join(parts))
+    return (f"{text} {rng.choice(('Sum it up.', 'In short?', 'Short form.'))}", "; ".join(parts))
 
 
-def _topic(rng: Random) -> str:
+def _topic(rng: Random) -> Turns:
     situation = rng.choice(SITUATIONS)
     text, _ = request(rng, situation)
-    return chat(f"{text} {rng.choice(('What is it about?', 'Topic?', 'Which business is it?'))}", situation.topic)
+    return (f"{text} {rng.choice(('What is it about?', 'Topic?', 'Which business is it?'))}", situation.topic)
 
 
-def _rewording(rng: Random) -> str:
+def _rewording(rng: Random) -> Turns:
     """One request said twice, with the same values."""
     situation = rng.choice(SITUATIONS[:-1])
     first, second = (choose(rng, rng.choice(situation.orders)) for _ in range(2))
@@ -107,12 +111,10 @@ def _rewording(rng: Random) -> str:
     said, again = (fill(Random(seed), pattern, ODD) for pattern in (first, second))
     if said[1] != again[1] or HELD_OUT.search(f"{skeleton(first)}. {skeleton(second)}"):
         return _summary(rng)
-    return chat(
-        f"{rng.choice(('Say it in other words', 'Another way to say it', 'Reword'))}: {said[0]}.", f"{again[0]}."
-    )
+    return (f"{rng.choice(('Say it in other words', 'Another way to say it', 'Reword'))}: {said[0]}.", f"{again[0]}.")
 
 
-def _questions(rng: Random) -> str:
+def _questions(rng: Random) -> Turns:
     """A statement and one or two questions about it, as a chat or as a record."""
     pattern, questions = rng.choice(STATEMENTS)
     text, values = fill(rng, choose(rng, pattern), ODD)
@@ -121,15 +123,15 @@ def _questions(rng: Random) -> str:
     for question, kind in picked:
         asked = choose(rng, question).replace("{person}", str(values.get("person")))
         turns += [asked[:1].upper() + asked[1:], str(values[kind])]
-    return chat(f"{text} {turns[0]}", *turns[1:])
+    return (f"{text} {turns[0]}", *turns[1:])
 
 
-def _statement_record(rng: Random) -> str:
+def _statement_record(rng: Random) -> Turns:
     text, values = fill(rng, choose(rng, rng.choice(STATEMENTS)[0]), ODD)
-    return chat(f"{text} As JSON.", json.dumps(values, ensure_ascii=False))
+    return (f"{text} As JSON.", json.dumps(values, ensure_ascii=False))
 
 
-def _conversion(rng: Random) -> str:
+def _conversion(rng: Random) -> Turns:
     """A date, a time, a number or a sum: as people write it -> as a record holds it."""
     kind = rng.choice(("date", "date", "time", "number", "money", "money"))
     if kind == "date":
@@ -142,46 +144,35 @@ def _conversion(rng: Random) -> str:
     else:
         said, value, code = money(rng)
         held = f"{json.dumps(value)} {code}"
-    if rng.random() < 0.5:
-        return f"{said} is {held}.{END}"
-    return chat(f"{rng.choice(('Write for a record', 'Short', 'Standard form'))}: {said}", held)
+    return (f"{rng.choice(('Write for a record', 'Short', 'Standard form'))}: {said}", held)
 
 
-def _currency(rng: Random) -> str:
+def _currency(rng: Random) -> Turns:
     code = rng.choice(CODES)
     word, sign = CURRENCIES[code]
-    return rng.choice(
-        (f"The code of {word} is {code}, the sign is {sign.strip()}.{END}", chat(f"Which code do {word} have?", code))
-    )
+    return (rng.choice((f"Which code do {word} have?", f"Which code has the sign {sign.strip()}?")), code)
 
 
-def _meaning(rng: Random) -> str:
+def _meaning(rng: Random) -> Turns:
     one, two = rng.sample(rng.choice(SAME_WORDS), 2)
-    return rng.choice((
-        f"To say {one} is to say {two}.{END}",
-        f"{one.capitalize()} means {two}.{END}",
-        chat(f"What does {one} mean?", two),
-        chat(f"Another word for {one}?", two),
-    ))  # fmt: skip
+    return (rng.choice((f"What does {one} mean?", f"Another word for {one}?")), f"{one} means {two}")
 
 
-def _kind_of_word(rng: Random) -> str:
+def _kind_of_word(rng: Random) -> Turns:
     """A name, number or place -> what it is."""
     thing, kind = rng.choice((
         (person(rng), "a person"), (rng.choice(CITIES), "a city"), (date(rng)[0], "a date"), (order(rng), "an order number"),
     ))  # fmt: skip
-    return rng.choice((f"{thing} is {kind}.{END}", chat(f"What is {thing}?", kind)))
+    return (f"What is {thing}?", kind)
 
 
-def _copy(rng: Random) -> str:
+def _copy(rng: Random) -> Turns:
     """Words in no order, and again: nothing but copying predicts them, so the model learns to copy early.
 
     Mostly one to three of them: with long lists alone a small model never finds out (measured: not in 500 steps).
     """
     said = " ".join(_copied(rng) for _ in range(rng.choice((1, 1, 2, 2, 3, 3, 4, 6, 8))))
-    if rng.random() < 0.2:
-        return f"{said} = {said}{END}"
-    return chat(f"{rng.choice(('Repeat', 'Say again', 'Copy'))}: {said}", said)
+    return (f"{rng.choice(('Repeat', 'Say again', 'Copy'))}: {said}", said)
 
 
 def _copied(rng: Random) -> str:
@@ -201,26 +192,25 @@ def _word(rng: Random) -> str:
     return rng.choice(rng.choice(SAME_WORDS))
 
 
-def _prose(rng: Random) -> str:
-    return f"{fill(rng, choose(rng, rng.choice(PROSE)), ODD)[0]}{END}"
+def _prose(rng: Random) -> Turns:
+    return ("Tell me something.", fill(rng, choose(rng, rng.choice(PROSE)), ODD)[0])
 
 
-def _json_document(rng: Random) -> str:
-    values = fill(
-        rng,
-        rng.choice(
-            ("{person} {city} {date}", "{company} {money}", "{order} {city} {amount}", "{task} {time} {person}")
-        ),
-        ODD,
-    )[1]
+def _listed_record(rng: Random) -> Turns:
+    """Names and values in a line -> a JSON object."""
+    slots = rng.choice(
+        ("{person} {city} {date}", "{company} {money}", "{order} {city} {amount}", "{task} {time} {person}")
+    )
+    values = fill(rng, slots, ODD)[1]
     if rng.random() < 0.3:
-        values = {"id": rng.randint(1, 999), "data": values}
-    if rng.random() < 0.2:
         values["open"] = rng.choice((True, False, None))
-    return f"{json.dumps(values, ensure_ascii=False)}{END}"
+    line = ", ".join(
+        f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
+    )
+    return (f"JSON of: {line}", json.dumps(values, ensure_ascii=False))
 
 
-MIX: tuple[tuple[Callable[[Random], str], float], ...] = (
+MIX: tuple[tuple[Callable[[Random], Turns], float], ...] = (
     (_asked_record, 22),
     (_summary, 16),
     (_topic, 5),
@@ -232,7 +222,7 @@ MIX: tuple[tuple[Callable[[Random], str], float], ...] = (
     (_meaning, 4),
     (_kind_of_word, 2),
     (_copy, 27),
-    (_prose, 2),
-    (_json_document, 1),
+    (_prose, 1),
+    (_listed_record, 2),
 )
 """Kind of document -> share in percent."""
