@@ -31,6 +31,7 @@ INSTALL = [
 EXTRAS = {
     "dev": [
         "httpx>=0.27",
+        "jsonschema>=4.21",
         "mypy>=1.15",
         "pre-commit>=4.0",
         "pytest>=8.3",

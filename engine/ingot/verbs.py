@@ -26,6 +26,7 @@ from ingot.ranks import Ranks, on_main, pick_device, process_group, read_ranks
 from ingot.recipe import Recipe
 from ingot.recipe_io import flat_params, load_recipe, recipe_hash
 from ingot.runfolder import Run, create_run, open_run, versions, write_json
+from ingot.serving.server import check_address
 from ingot.serving.server import serve as serve_forever
 from ingot.stages import (
     QUIET,
@@ -188,6 +189,8 @@ def run(
     are kept.
     """
     recipe, home = _opened(recipe, home)
+    if recipe.serve.enabled:
+        check_address(recipe.serve.host, recipe.serve.port)
     if resume is not None and open_run(resume).finished("finetune"):
         done = _continued(resolve(recipe, home, read_ranks(), pick_device(read_ranks())), resume)
     else:
@@ -216,11 +219,10 @@ def _continued(recipe: Recipe, folder: Path) -> Run:
     """The run in `folder`, if it was started with this (resolved) recipe."""
     run = open_run(folder)
     if recipe_hash(run.recipe) != recipe_hash(recipe):
-        raise RecipeError(
-            "--resume",
-            str(folder),
-            "it was started with another recipe; start a new run, or restore that recipe (resolved.yaml)",
-        )
+        before, now = flat_params(run.recipe), flat_params(recipe)
+        changed = [f"{key} was {before.get(key)}, now {now.get(key)}" for key in now if before.get(key) != now[key]]
+        fix = f"it was started with another recipe ({'; '.join(changed[:3])}); start a new run, or restore its settings"
+        raise RecipeError("--resume", str(folder), fix)
     return run
 
 

@@ -73,12 +73,16 @@ class Runtime:
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         if about["task"] != "text-classification":
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **local)
-        elif about.get("pooling") == "mean":
+        elif (folder / CLASSIFIER_FILE).is_file():
             model = MeanPoolClassifier.from_pretrained(folder, dtype=dtype)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, **local
+            kind = AutoModelForSequenceClassification
+            model, loaded = kind.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
             )
+            if loaded["missing_keys"]:  # transformers would go on with random weights in their place
+                missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+                raise ValueError(f"{folder} lacks weights of the classifier ({missing}): it was not saved as a whole")
         return cls(model.to(where), tokenizer, about)
 
     def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:

@@ -92,6 +92,12 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise `ServeError` now for an address that could not be served later."""
+    _api_key(host)
+    _bind(host, port).close()
+
+
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
