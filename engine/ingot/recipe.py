@@ -289,6 +289,11 @@ class Recipe(Section):
                 f"train.tokens_per_microbatch = {train.tokens_per_microbatch} cannot hold one row of data.max_tokens = "
                 f"{data.max_tokens} tokens; raise the first or lower the second"
             )
+        if self.evaluate.merge_references and self.objective.task != "text-generation":
+            raise ValueError(
+                f"evaluate.merge_references is for text-generation, and objective.task is {self.objective.task}; "
+                "remove it"
+            )
         if data.columns:
             known = {"messages", "prompt", "completion", "text", "label", "tools"}
             unknown = sorted(set(data.columns) - known)

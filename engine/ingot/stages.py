@@ -19,6 +19,7 @@ from ingot.evaluation import plots
 from ingot.evaluation.measure import choose, make_items, measure
 from ingot.evaluation.metrics import metric_names
 from ingot.evaluation.runner import Evaluation
+from ingot.evaluation.statistics import detectable_difference
 from ingot.model import adapters
 from ingot.model.export import export_model, probes
 from ingot.model.load import (
@@ -120,13 +121,20 @@ def set_threads(recipe: Recipe, ranks: Ranks) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world))
 
 
-def preflight(recipe: Recipe, home: Path, prepared: Prepared) -> None:
+def preflight(recipe: Recipe, home: Path, prepared: Prepared, progress: Progress) -> None:
     """Everything about the later stages that can be known to fail before training is paid for."""
     model_folder(recipe.model, home, weights=recipe.model.initialization == "pretrained")
     if recipe.evaluate.enabled:
         examples = choose(prepared.splits.test, recipe)
         items = make_items(examples, prepared.tokenizer, recipe, context_length(recipe.model, home))
         metric_names(recipe.evaluate, recipe.objective.task, [item.references for item in items])
+        points = 100 * detectable_difference(len(items))
+        seen = (
+            f"sees differences of shares from about {points:.1f} points on"
+            if points < 100
+            else "is too small to see any"
+        )
+        progress.note(f"evaluate: a paired test on {len(items):,} rows {seen} (80 % power, models disagreeing on 20 %)")
 
 
 def build(recipe: Recipe, home: Path, labels: tuple[str, ...]) -> tuple[nn.Module, dict[str, torch.Tensor]]:

@@ -73,7 +73,7 @@ def finetune(
     progress.note(f"{recipe.name}: {device.type}, {ranks.world} ranks, {' '.join(decided)}")
     set_threads(recipe, ranks)
     prepared = prepare(recipe, home, progress)
-    preflight(recipe, home, prepared)
+    preflight(recipe, home, prepared, progress)
     with process_group(ranks, recipe.parallel, device):
         run = on_main(lambda: create_run(recipe, home) if resume is None else _resumable(recipe, resume))
         before = run.record().get("tracking_run") if ranks.main else None

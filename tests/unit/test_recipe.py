@@ -46,3 +46,10 @@ def test_every_field_is_documented() -> None:
         if not part.get("description")
     ]
     assert bare == []
+
+
+def test_merged_references_are_for_generated_text() -> None:
+    base = {"name": "x", "model": {"source": "m"}, "data": {"train": "t"}, "evaluate": {"merge_references": True}}
+    with pytest.raises(RecipeError, match="merge_references is for text-generation"):
+        parse_recipe(base | {"objective": {"task": "text-classification"}})
+    assert parse_recipe(base | {"objective": {"task": "text-generation"}}).evaluate.merge_references
