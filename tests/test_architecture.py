@@ -29,7 +29,8 @@ FLOORS = {
 NEIGHBOURS = {
     ("registry", "errors"),
     ("recipe_errors", "recipe"), ("recipe_io", "recipe"), ("recipe_io", "recipe_errors"),
-    ("stages", "runfolder"), ("verbs", "runfolder"), ("verbs", "stages"), ("__main__", "cli"), ("model", "catalog"), ("data", "model"), ("parallel", "ranks"),
+    ("stages", "runfolder"), ("verbs", "runfolder"), ("verbs", "stages"),
+    ("__main__", "cli"), ("model", "catalog"), ("parallel", "ranks"),
 }  # fmt: skip
 # A third-party package -> the only files or folders that may import it.
 DOORS = {

@@ -203,7 +203,7 @@ class Evaluate(Section):
     """Off: `ingot run` skips the stage."""
     base: bool = True
     """Measure the base model too, and test the difference."""
-    metrics: list[str] | None = None
+    metrics: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of metrics. None: those of the task."""
     max_rows: Positive | None = None
     """Measure on this many test rows, drawn with `data.split_seed`. None: all."""

@@ -3,8 +3,9 @@
 import pydantic
 import pytest
 
+from ingot.errors import RecipeError
 from ingot.recipe import Recipe
-from ingot.recipe_io import json_schema
+from ingot.recipe_io import json_schema, parse_recipe
 
 MINIMAL = {"name": "a", "model": {"source": "ingot://nano"}, "data": {"train": "rows.jsonl"}}
 

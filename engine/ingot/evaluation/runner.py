@@ -64,7 +64,8 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         scores = {name: asdict(score) for name, score in self.scores.items()}
         record = {"name": self.name, "seconds": round(self.seconds, 3), "scores": scores}
-        rows = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.rows)
+        # Escaped: half of a character, which a model may well write, could not be encoded and would lose everything.
+        rows = (json.dumps(asdict(row)) + "\n" for row in self.rows)
         _write(folder / f"{self.name}_rows.jsonl", "".join(rows))
         _write(folder / f"{self.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 

@@ -1,7 +1,7 @@
 """Data sets that this package writes itself, from a seed: the same rows on every machine, in every process.
 
-`tool-calls`: a request in words -> a JSON tool call, split by sentence pattern. `nano-corpus`: short documents that
-`ingot://nano` is pretrained on.
+`tool-calls`: a request in words -> a JSON tool call, split by sentence pattern. `nano-copying` and `nano-corpus`: short
+dialogues that `ingot://nano` is pretrained on, in this order.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,11 @@ from ingot.data.synthetic import corpus, tool_calls
 from ingot.errors import DataError
 from ingot.registry import nearest
 
-_SETS = {"tool-calls": (tool_calls.SIZES, tool_calls.rows), "nano-corpus": (corpus.SIZES, corpus.rows)}
+_SETS = {
+    "tool-calls": (tool_calls.SIZES, tool_calls.rows),
+    "nano-copying": (corpus.COPYING_SIZES, corpus.copying_rows),
+    "nano-corpus": (corpus.SIZES, corpus.rows),
+}
 DEFAULT_SPLIT = "train"
 
 
