@@ -344,7 +344,8 @@ def _score_table(result: dict[str, Any]) -> Table:
     for column in result["columns"]:
         table.add_column(column, no_wrap=True, justify="left" if column == result["columns"][0] else "right")
     for row in result["table"]:
-        table.add_row(*(str(row[column]) for column in result["columns"]))
+        # The interval below its value: five columns then fit a terminal of 80 characters.
+        table.add_row(*(str(row[column]).replace(" [", "\n[") for column in result["columns"]))
     return table
 
 
