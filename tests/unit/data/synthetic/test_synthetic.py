@@ -127,10 +127,17 @@ def test_the_pattern_search_finds_what_it_should() -> None:
             assert as_regex(PATTERNS[split][tool][int(number)]).search(f"x|{request} Topic?"), request
 
 
-def test_corpus_documents_are_closed_and_short() -> None:
-    for row in islice(generate("nano-corpus", "validation"), 1000):
-        assert row["text"].endswith(corpus.END)
+@pytest.mark.parametrize("name", ["nano-corpus", "nano-copying"])
+def test_dialogues_are_closed_and_short_and_end_with_the_assistant(name: str) -> None:
+    for row in islice(generate(name, "validation"), 1000):
+        assert row["text"].endswith(f"{row['messages'][-1]['content']}{corpus.END}")
+        assert row["messages"][-1]["role"] == "assistant"
         assert len(row["text"]) < 500
+
+
+def test_copying_asks_for_what_stands_there() -> None:
+    for row in generate("nano-copying", "validation"):
+        assert row["messages"][0]["content"].endswith(f": {row['messages'][1]['content']}")
 
 
 def test_same_rows_in_another_process() -> None:
