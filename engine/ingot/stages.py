@@ -115,6 +115,7 @@ def resolve(recipe: Recipe, home: Path, ranks: Ranks, device: torch.device) -> R
 
 
 def set_threads(recipe: Recipe, ranks: Ranks) -> None:
+    """CPU threads of this rank: `train.threads`, or its share of the cores."""
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     elif ranks.local_world > 1:  # each rank would otherwise take every core, and they would fight over them
@@ -160,6 +161,7 @@ def build(recipe: Recipe, home: Path, labels: tuple[str, ...]) -> tuple[nn.Modul
 def train(
     sharded: Sharded, prepared: Prepared, recipe: Recipe, run: Run, resume: bool, tracker: Tracker, progress: Progress
 ) -> Fitted:
+    """Run the loop, with a bar on `progress` and every step's numbers in `tracker`."""
     steps = len(plan_steps([len(row.ids) for row in prepared.rows.train], recipe.train))
     with progress.stage("finetune", total=steps, unit="steps") as bar:
 
@@ -194,9 +196,8 @@ def export(
     facts["rows"] = len(prepared.rows.train)
     facts["data"] = prepared.splits.report.as_dict() | {"truncation": prepared.dropped.as_dict()}
     if recipe.adapter.kind == "lora":
-        dead = (
-            adapters.dead_tensors(model, initial) if fitted.final_step > 1 else []
-        )  # the first step moves only one of A and B
+        # The first step moves only one of A and B, since the other starts at zero.
+        dead = adapters.dead_tensors(model, initial) if fitted.final_step > 1 else []
         if dead:
             raise ModelError(
                 "adapter",
@@ -212,7 +213,7 @@ def export(
     described = {
         "task": recipe.objective.task,
         "labels": list(prepared.splits.labels),
-        "pooling": recipe.model.pooling,  # decided by `resolve`: without it a reader would draw another head
+        "pooling": recipe.model.pooling,
         "max_tokens": recipe.data.max_tokens,
         "max_new_tokens": recipe.evaluate.max_new_tokens,
         "example": request_of(example),
@@ -223,6 +224,7 @@ def export(
 
 
 def base_model(recipe: Recipe, home: Path, labels: tuple[str, ...], device: torch.device) -> nn.Module:
+    """The model that training started from, with the same new weights (a classifier's head) if it needs any."""
     dtype = resolve_dtype(recipe.model.dtype, device)
     return load_model(recipe.model, home, recipe.objective.task, labels, dtype=dtype, seed=recipe.train.seed).to(device)
 
@@ -248,11 +250,13 @@ def measured(
     recipe: Recipe,
     progress: Progress,
 ) -> Evaluation:
+    """`measure` with a bar on `progress`."""
     with progress.stage(f"evaluate {name}", total=len(examples), unit="rows") as bar:
         return measure(name, model, tokenizer, examples, splits.labels, recipe, bar.advance)
 
 
 def draw(run: Run, base: Evaluation | None, tuned: Evaluation) -> None:
+    """Draw the run's picture from its metrics and these scores."""
     points = read_metrics(run.metrics)
     train = [(p["step"], p["metrics"]["train_loss"]) for p in points if "train_loss" in p["metrics"]]
     watched = [(p["step"], p["metrics"]["validation_loss"]) for p in points if "validation_loss" in p["metrics"]]
@@ -287,6 +291,7 @@ def examples_with_answers(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def ask_endpoint(run: Run, progress: Progress) -> None:
+    """Start an endpoint on the run's package (or model), ask it one question over HTTP, stop it, note both."""
     started = time.perf_counter()
     facts = json.loads((run.model / "ingot.json").read_text(encoding="utf-8"))
     with progress.stage("serve", total=1, unit="questions") as bar:

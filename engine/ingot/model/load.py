@@ -121,6 +121,8 @@ def _load_classifier(
 ) -> nn.Module:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
+    if config.pad_token_id is None:  # decoders find a row's last token by this id
+        config.pad_token_id = pad_id(load_tokenizer(model, folder))
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "dtype": dtype}
     kind = AutoModelForSequenceClassification if resolve_pooling(model, folder) == "head" else AutoModel
     if random:

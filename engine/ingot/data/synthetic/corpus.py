@@ -28,7 +28,7 @@ from ingot.data.synthetic.values import (
     person,
 )
 
-SIZES = {"train": 90_000, "validation": 1_000}
+SIZES = {"train": 120_000, "validation": 1_000}
 COPYING_SIZES = {"train": 25_000, "validation": 500}
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 Turns = tuple[str, ...]  # of user and assistant in turn
@@ -88,9 +88,13 @@ def request(rng: Random, situation: Situation) -> tuple[str, dict[str, object]]:
 # --- kinds of documents ------------------------------------------------------------------------------------------
 
 
+def _situation(rng: Random, among: tuple[Situation, ...]) -> Situation:
+    return rng.choices(among, [situation.weight for situation in among])[0]
+
+
 def _asked_record(rng: Random) -> Turns:
     """A request and the names of fields -> a JSON record of these fields."""
-    situation = rng.choice(SITUATIONS[:-1])
+    situation = _situation(rng, SITUATIONS[:-1])
     text, values = request(rng, situation)
     names = list(situation.fields)
     if rng.random() < 0.4:
@@ -105,7 +109,7 @@ def _asked_record(rng: Random) -> Turns:
 
 def _summary(rng: Random) -> Turns:
     """A request -> its topic and values as a note of `name: value` lines in one."""
-    situation = rng.choice(SITUATIONS)
+    situation = _situation(rng, SITUATIONS)
     text, values = request(rng, situation)
     parts = [situation.topic, *(f"{name} {values[kind]}" for name, kind in situation.fields.items())]
     return (f"{text} {rng.choice(('Sum it up.', 'In short?', 'Short form.'))}", "; ".join(parts))
@@ -225,17 +229,17 @@ def _listed_record(rng: Random) -> Turns:
 
 
 MIX: tuple[tuple[Callable[[Random], Turns], float], ...] = (
-    (_asked_record, 22),
-    (_summary, 16),
-    (_topic, 5),
+    (_asked_record, 26),
+    (_summary, 23),
+    (_topic, 4),
     (_rewording, 2),
     (_questions, 7),
-    (_statement_record, 5),
-    (_conversion, 8),
+    (_statement_record, 6),
+    (_conversion, 10),
     (_currency, 1),
-    (_meaning, 4),
-    (_kind_of_word, 2),
-    (_copy, 27),
+    (_meaning, 3),
+    (_kind_of_word, 1),
+    (_copy, 14),
     (_prose, 1),
     (_listed_record, 2),
 )

@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "set_reminder": ("task", "date"),
     "get_weather": ("city", "date"),
     "book_flight": ("from", "to", "date"),
-    "convert_currency": ("amount", "from", "to"),
+    "convert_currency": ("amount", "currency", "target"),
     "track_order": ("order",),
 }
 """Tool -> names of its arguments, aligned with `TOOLS`."""

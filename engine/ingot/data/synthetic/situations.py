@@ -16,6 +16,8 @@ class Situation:
     """What stands after "please" or "I want to": begins with a verb in its base form."""
     sentences: tuple[str, ...]
     """Whole requests."""
+    weight: int = 1
+    """How often it is met, beside the others."""
 
 
 SITUATIONS: tuple[Situation, ...] = (
@@ -58,6 +60,7 @@ SITUATIONS: tuple[Situation, ...] = (
             "the [bill|invoice] for {company} is {money} and [due on|falls due on|has the deadline] {date}.",
             "we did work for {company}, {money}, [deadline|due|payable until] {date}, so [bill|charge|invoice] them.",
         ),
+        weight=2,
     ),
     Situation(
         "appointment",
@@ -78,6 +81,7 @@ SITUATIONS: tuple[Situation, ...] = (
             "my [appointment|get-together|meeting|conversation] with {person} is [on|fixed for] {date} at {time}.",
             "at {time} on {date} {person} [is here|visits|comes][.|, block my calendar.|, organise it.]",
         ),
+        weight=2,
     ),
     Situation(
         "note",
@@ -149,6 +153,7 @@ SITUATIONS: tuple[Situation, ...] = (
             "[swapping|exchanging|changing] {money} [for|into] {target} [would give what|brings how much]?",
             "how [much|many] {target} [would I get|is it|are they] for {money}?",
         ),
+        weight=2,
     ),
     Situation(
         "parcel",

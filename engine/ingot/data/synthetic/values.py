@@ -81,8 +81,8 @@ def task(rng: Random) -> str:
 
 
 def order(rng: Random) -> str:
-    """An order number: a letter and four or five digits."""
-    return rng.choice("ABCDEFGHKLMNPRSTVX") + "".join(rng.choice("0123456789") for _ in range(rng.choice((4, 5))))
+    """An order number: a letter and four digits."""
+    return rng.choice("ABCDEFGHKLMNPRSTVX") + "".join(rng.choice("0123456789") for _ in range(4))
 
 
 def date(rng: Random) -> tuple[str, str]:
