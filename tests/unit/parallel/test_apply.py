@@ -48,8 +48,8 @@ def test_recomputed_activations_give_the_same_gradients(make, kind):
         if recompute:
             recompute_blocks(model)
         calls = []
-        block = next(m for name, m in model.named_modules() if name.endswith(("layers.0", "layer.0")))
-        block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        inner = next(m for name, m in model.named_modules() if name.endswith(("layers.0.mlp", "layer.0.intermediate")))
+        inner.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         logits_of(model.train()(**PROBE)).square().mean().backward()
         assert len(calls) == 1 + recompute, "the block's forward runs again in the backward pass"
         gradients.append({name: p.grad.clone() for name, p in adapters.trainable_tensors(model)})
