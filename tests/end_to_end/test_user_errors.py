@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -278,3 +280,20 @@ def test_loss_that_is_not_finite(ingot, project):
     assert "loss" in done.err
     assert "Lower optim.lr" in done.err
     assert json.loads((project.run / "run.json").read_text())["status"] == "failed"
+
+
+def test_hub_without_a_network_is_one_message_within_seconds(tmp_path):
+    """The real hub library against a port where nothing listens, in a process of its own: no stand-in for its errors."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    code = "import time; start = time.monotonic(); from ingot.model.load import load_tokenizer\n"
+    code += "from ingot.recipe import Model; from pathlib import Path\nfrom ingot.errors import ModelError\n"
+    code += "began = time.monotonic()\ntry: load_tokenizer(Model(source='hf://Qwen/ingot-test-absent'), Path('.'))\n"
+    code += "except ModelError as error: print(error, round(time.monotonic() - began, 1), sep='|')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | nowhere, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    message, seconds = done.stdout.strip().rsplit("|", 1)
+    assert "model.source = 'hf://Qwen/ingot-test-absent'" in message
+    assert "the hub cannot be reached" in message
+    assert float(seconds) < 60

@@ -84,7 +84,10 @@ def test_package_source(tmp_path, monkeypatch, folder):
     assert "no folder" in refused("package://my_models/other", tmp_path)
 
 
-def test_hub_model_offline_fails_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError("Name or service not known"), RuntimeError("ConnectError")], ids=["os", "transport"]
+)
+def test_hub_model_offline_fails_at_once(tmp_path, monkeypatch, error):
     """The real loading code, with the network's answer replaced by what an offline machine says."""
     import huggingface_hub
 
@@ -92,7 +95,7 @@ def test_hub_model_offline_fails_at_once(tmp_path, monkeypatch):
 
     def unreachable(self, repo, **options):
         calls.append((repo, options["revision"], options["timeout"]))
-        raise OSError("Name or service not known")
+        raise error
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
