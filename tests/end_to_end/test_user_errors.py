@@ -283,7 +283,7 @@ def test_loss_that_is_not_finite(ingot, project):
 
 
 def test_hub_without_a_network_is_one_message_within_seconds(tmp_path):
-    """The real hub library against a port where nothing listens, in a process of its own: no stand-in for its errors."""
+    """The real hub library, in a process of its own, against a port where nothing listens."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache")}
     code = "import time; start = time.monotonic(); from ingot.model.load import load_tokenizer\n"
     code += "from ingot.recipe import Model; from pathlib import Path\nfrom ingot.errors import ModelError\n"
