@@ -107,7 +107,13 @@ def _server(runtime: Runtime, name: str, key: str | None) -> uvicorn.Server:
     app = create_app(runtime, name, api_key=key)
     # Access lines would hold nothing that a proxy does not log better; errors still go to stderr.
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=10, server_header=False
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+        # uvicorn's own configuration closes every log handler of the process, and with absl's handler its stream.
+        log_config=None,
     )
     return uvicorn.Server(config)
 

@@ -1,5 +1,6 @@
 """Finding the model, taking the address, one question over HTTP, and stopping."""
 
+import logging
 import os
 import signal
 import socket
@@ -113,3 +114,19 @@ def test_signals_end_the_server_cleanly(text_folder: Path, sent: signal.Signals,
         assert child.stdout.read() == "stopped\n"
         assert "Traceback" not in child.stderr.read()
         client.close()
+
+
+def test_the_processs_log_handlers_are_left_alone(text_folder):
+    """A handler that another library put in place (absl's closes its stream with itself) must survive the endpoint."""
+    closed = []
+
+    class Foreign(logging.Handler):
+        def close(self):
+            closed.append(True)
+            super().close()
+
+    foreign = Foreign()
+    with Endpoint(text_folder):
+        pass
+    assert not closed
+    foreign.close()
