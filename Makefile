@@ -4,6 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# Threads that wait sleep instead of spinning: on cores that other programs use too, spinning ones slow everything down.
+export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
