@@ -56,7 +56,10 @@ def recompute_blocks(model: nn.Module) -> None:
     The non-reentrant kind: with the reentrant one and frozen embeddings adapters get no gradient and stay at zero.
     """
     inner: Any = getattr(model, "backbone", model)
-    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.23 renamed it; the old name warns there, the new one is missing before.
+    word = "activation" if hasattr(inner, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(inner, f"{word}_checkpointing_enable")
+    enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
 
 
 def parallelize(model: nn.Module, ranks: Ranks, section: Parallel, device: torch.device, dtype: torch.dtype) -> Sharded:
