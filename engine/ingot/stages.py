@@ -13,7 +13,7 @@ from torch import nn
 
 from ingot.data.conversation import Example
 from ingot.data.splits import Splits, load_splits
-from ingot.data.template import DroppedReport, encode_all, request_of
+from ingot.data.template import DroppedReport, encode_all, prompt_text, request_of
 from ingot.errors import DataError, ModelError
 from ingot.evaluation import plots
 from ingot.evaluation.measure import choose, make_items, measure
@@ -251,7 +251,8 @@ def measured(
     progress: Progress,
 ) -> Evaluation:
     """`measure` with a bar on `progress`."""
-    with progress.stage(f"evaluate {name}", total=len(examples), unit="rows") as bar:
+    total = len({prompt_text(e) for e in examples}) if recipe.evaluate.merge_references else len(examples)
+    with progress.stage(f"evaluate {name}", total=total, unit="rows") as bar:
         return measure(name, model, tokenizer, examples, splits.labels, recipe, bar.advance)
 
 
