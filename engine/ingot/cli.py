@@ -284,17 +284,15 @@ def runs(
             return
         if not found:
             raise IngotError(f"no runs in {output.resolve()}; start one with: ingot run recipes/quickstart.yaml")
-        table = Table("run", "created", "status", "stages", "scores (tuned)", box=None, header_style="bold")
+        table = Table(box=None, header_style="bold")
+        table.add_column("run", no_wrap=True, min_width=max(len(_short(Path(record["folder"]))) for record in found))
+        for column in ("created", "status", "scores (tuned)"):
+            table.add_column(column)
         for record in found:
             scores = record["metrics"].get("tuned") or {}
-            shown = "  ".join(f"{name} {score['value']:.3f}" for name, score in scores.items())
-            table.add_row(
-                _short(Path(record["folder"])),
-                record["created"][:16].replace("T", " "),
-                record["status"],
-                " ".join(record["stages"]),
-                shown,
-            )
+            shown = "\n".join(f"{name} {score['value']:.3f}" for name, score in scores.items())
+            created = record["created"][:16].replace("T", " ")
+            table.add_row(_short(Path(record["folder"])), created, record["status"], shown)
         out.print(table)
 
     _guarded(work, debug)
