@@ -30,7 +30,7 @@ NEIGHBOURS = {
     ("registry", "errors"),
     ("recipe_errors", "recipe"), ("recipe_io", "recipe"), ("recipe_io", "recipe_errors"),
     ("stages", "runfolder"), ("verbs", "runfolder"), ("verbs", "stages"),
-    ("__main__", "cli"), ("model", "catalog"), ("parallel", "ranks"),
+    ("__main__", "cli"), ("model", "catalog"), ("parallel", "ranks"), ("parallel", "model"),
 }  # fmt: skip
 # A third-party package -> the only files or folders that may import it.
 DOORS = {

@@ -42,6 +42,10 @@ class Model(Section):
     """Run Python files that come with the model. Off: such a model is refused."""
     chat_template: str | None = None
     """Path of a Jinja chat template for a tokenizer that has none (or a wrong one). It is packaged with the model."""
+    attention: Literal["auto", "eager", "sdpa", "varlen", "flex", "flash"] = "auto"
+    """Who computes attention. sdpa: torch's, document by document where rows lie end to end. varlen:
+    `torch.nn.attention.varlen`. flex: FlexAttention. flash: the package flash-attn. eager: plain matrix products, the
+    definition that the others are tested against. auto: varlen (flash where torch has none) on a GPU, sdpa on a CPU."""
     pooling: Literal["auto", "mean", "head"] = "auto"
     """Classification: mean of the last hidden states, or the architecture's own `head`. auto: mean for encoders without
     a trained head, `head` otherwise."""
@@ -66,18 +70,28 @@ class Source(Section):
     """Configuration name of a Hugging Face data set."""
 
 
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the rows of an epoch that comes from here, where `data.train` is a list; relative to the other weights.
+    """
+
+
 def _as_source(value: Any) -> Any:
     return {"uri": value} if isinstance(value, str) else value
 
 
+def _as_sources(value: Any) -> Any:
+    return [_as_source(inner) for inner in value] if isinstance(value, list) else _as_source(value)
+
+
 Rows = Annotated[Source, BeforeValidator(_as_source)]
+Mixture = Annotated[Source | Annotated[list[Source], Field(min_length=1)], BeforeValidator(_as_sources)]
 
 
 class Data(Section):
     """Which rows to learn from and to measure on, and how to read them."""
 
-    train: Rows
-    """Rows to learn from: a path or URI, or a mapping with `uri` and `format`."""
+    train: Mixture
+    """Rows to learn from: a path or URI, a mapping with `uri` and `format`, or a list of these with a `weight` each."""
     validation: Rows | None = None
     """Rows to watch while training. None: `validation_share` of the training rows, drawn with `split_seed`."""
     test: Rows | None = None
@@ -98,6 +112,19 @@ class Data(Section):
     """Longest row in tokens; what is longer loses its end. A row that loses every trainable token is dropped and
     counted.
     """
+    batches: Literal["auto", "padded", "padding-free", "packed"] = "auto"
+    """How rows lie in a forward pass. padded: one below the other, filled up to the longest. padding-free: end to end in
+    one line, attention kept inside each row; the same steps and gradients as padded. packed: padding-free, and steps are
+    made of best-fit packs of `pack_tokens`, so that every step is full. auto: padding-free where the model can."""
+    pack_tokens: Positive | None = None
+    """packed: tokens of a pack. None: `max_tokens`."""
+    streaming: bool = False
+    """Read, encode and train window by window instead of encoding everything first: for sets that fit on no disk.
+    Needs `train.max_steps`, and `validation` and `test` given or switched off."""
+    stream_window_rows: Positive = 10_000
+    """streaming: rows that are held, shuffled and packed at a time."""
+    cache: str | None = None
+    """Folder for encoded rows, shared by runs. None: INGOT_CACHE, else `~/.cache/ingot`. Safe to delete."""
     max_bad_rows: int = Field(default=0, ge=0)
     """How many unreadable rows are tolerated (counted and reported) before the run stops."""
 
@@ -131,6 +158,15 @@ class Adapter(Section):
     """Weight-decomposed adaptation (Liu et al. 2024)."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Which linear layers: all but the output head, or names such as `[q_proj, v_proj]`."""
+
+
+class Quantization(Section):
+    """A frozen base held in few bits, by bitsandbytes; adapters are trained over it (QLoRA, Dettmers et al. 2023)."""
+
+    kind: Literal["none", "nf4", "int8"] = "none"
+    """nf4: 4-bit NormalFloat in blocks of 64. int8: LLM.int8 (Dettmers et al. 2022)."""
+    double: bool = True
+    """nf4: quantize the scales too (0.4 bits a weight less)."""
 
 
 class Optim(Section):
@@ -173,6 +209,20 @@ class Train(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = 0
     """Seed of initialisation, dropout and row order."""
+    deterministic: bool = False
+    """Only kernels that give the same bits at every run, or an error that names the one that has none. Slower on GPUs.
+    """
+    nonfinite_budget: int = Field(default=0, ge=0)
+    """Steps with a loss or gradient that is not finite which may be left out before the run stops."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """A step is a spike when its loss is above the median of the last 50 by this many of their robust standard
+    deviations (1.4826 x median absolute deviation). None: no guard. 6 is a cautious value."""
+    on_spike: Literal["warn", "skip", "rewind"] = "warn"
+    """warn: say so. skip: do not apply the step. rewind: go back to the last checkpoint's weights and on with the rows
+    behind the spike."""
+    on_oom: Literal["stop", "halve"] = "stop"
+    """Out of memory. stop: say what grew and what to change. halve: halve `tokens_per_microbatch` and repeat the step;
+    tokens per step and the gradient stay the same."""
     evaluate_every_steps: Positive | None = None
     """Measure the validation loss this often. None: once an epoch. It is always measured at the end."""
     checkpoint_every_steps: Positive | None = None
@@ -186,10 +236,20 @@ class Train(Section):
 
 
 class Parallel(Section):
-    """How ranks share the work. Ranks themselves come from the launcher (torchrun)."""
+    """How ranks share the work. Ranks themselves come from the launcher (torchrun, Azure ML, Slurm, MPI)."""
 
-    strategy: Literal["auto", "none", "ddp"] = "auto"
-    """auto: none on one rank, DistributedDataParallel on several."""
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"] = "auto"
+    """auto: none on one rank, ddp on several. ddp: every rank holds everything. fsdp: parameters, gradients and optimizer
+    are cut over all ranks (FSDP2). hsdp: cut inside a node, repeated across nodes. zero1, zero2, zero3: DeepSpeed cuts
+    the optimizer, the gradients too, the parameters too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """zero1 to zero3, fsdp: what lives in CPU memory between uses. parameters: these and the optimizer (zero3, fsdp)."""
+    shard_ranks: Positive | None = None
+    """hsdp: ranks that cut one copy among them. None: the ranks of a node."""
+    tensor: Positive = 1
+    """Ranks that share every matrix product, by the model's own tensor-parallel plan. They must divide the ranks."""
+    context: Positive = 1
+    """Ranks that share every line of tokens (Ulysses: all-to-all around attention). They must divide ranks and heads."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl on GPUs, gloo on CPUs."""
     timeout_minutes: float = Field(default=10.0, gt=0)
@@ -256,6 +316,15 @@ class Track(Section):
     """Experiment name."""
 
 
+class Diagnose(Section):
+    """Looking inside a run; changes no result."""
+
+    profile_steps: int = Field(default=0, ge=0)
+    """Record this many steps (after two of warm-up) with torch's profiler: `profile/rank-*.json`, for Perfetto."""
+    memory_snapshot: bool = False
+    """Record allocations of the same steps on a GPU: `profile/memory-rank-*.pickle`, for pytorch.org/memory_viz."""
+
+
 class Recipe(Section):
     """Everything that a run needs, from base model and data to a served package."""
 
@@ -269,6 +338,7 @@ class Recipe(Section):
     data: Data
     objective: Objective = Objective()
     adapter: Adapter = Adapter()
+    quantization: Quantization = Quantization()
     optim: Optim = Optim()
     train: Train = Train()
     parallel: Parallel = Parallel()
@@ -276,6 +346,7 @@ class Recipe(Section):
     package: Package = Package()
     serve: Serve = Serve()
     track: Track = Track()
+    diagnose: Diagnose = Diagnose()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -34,7 +34,9 @@ from ingot.model.load import (
 )
 from ingot.model.runtime import Runtime
 from ingot.model.source import model_folder
-from ingot.parallel.apply import Sharded, recompute_blocks
+from ingot.data.plan import PlannedFeed
+from ingot.data.rows import ListRows
+from ingot.parallel.sharded import Sharded, recompute_blocks
 from ingot.progress import Progress
 from ingot.ranks import Ranks, pick_device, read_ranks
 from ingot.recipe import Recipe
@@ -42,7 +44,8 @@ from ingot.recipe_io import recipe_hash
 from ingot.runfolder import Run, open_run
 from ingot.serving.server import Endpoint
 from ingot.track import Tracker, read_metrics
-from ingot.train.loop import Fitted, Rows, StepInfo, fit, plan_steps
+from ingot.train.loop import Fitted, Rows, StepInfo, fit
+from ingot.train.checkpoint import Checkpoints
 
 QUIET = Progress(quiet=True)
 
@@ -71,7 +74,12 @@ def prepare(recipe: Recipe, home: Path, progress: Progress = QUIET) -> Prepared:
         fix = f"none of {len(splits.train)} training rows keeps a trainable token; raise it"
         raise DataError("data.max_tokens", recipe.data.max_tokens, fix)
     watched, _ = encode_all(splits.validation, *settings)
-    prepared = Prepared(tokenizer, splits, Rows(encoded, watched, pad_id(tokenizer)), dropped)
+    prepared = Prepared(
+        tokenizer,
+        splits,
+        Rows(PlannedFeed(ListRows(encoded), recipe.data, recipe.train), ListRows(watched), pad_id(tokenizer)),
+        dropped,
+    )
     for line in _findings(prepared, recipe):
         progress.note(line)
     return prepared
@@ -107,10 +115,17 @@ def resolve(recipe: Recipe, home: Path, ranks: Ranks, device: torch.device) -> R
     parallel: dict[str, Any] = {}
     if recipe.parallel.strategy == "auto":
         parallel["strategy"] = "ddp" if ranks.world > 1 else "none"
+    data: dict[str, Any] = {}
+    if recipe.data.batches == "auto":
+        data["batches"] = "padded" if recipe.objective.task == "text-classification" else "padding-free"
     if recipe.parallel.backend == "auto":
         parallel["backend"] = "nccl" if device.type == "cuda" else "gloo"
     return recipe.model_copy(
-        update={"model": recipe.model.model_copy(update=model), "parallel": recipe.parallel.model_copy(update=parallel)}
+        update={
+            "model": recipe.model.model_copy(update=model),
+            "data": recipe.data.model_copy(update=data),
+            "parallel": recipe.parallel.model_copy(update=parallel),
+        }
     )
 
 
@@ -162,8 +177,10 @@ def train(
     sharded: Sharded, prepared: Prepared, recipe: Recipe, run: Run, resume: bool, tracker: Tracker, progress: Progress
 ) -> Fitted:
     """Run the loop, with a bar on `progress` and every step's numbers in `tracker`."""
-    steps = len(plan_steps([len(row.ids) for row in prepared.rows.train], recipe.train))
-    with progress.stage("finetune", total=steps, unit="steps") as bar:
+    checkpoints = Checkpoints(
+        run.checkpoints, sharded.layout.ranks, recipe_hash(recipe), recipe.train.keep_checkpoints
+    )
+    with progress.stage("finetune", total=prepared.rows.train.steps, unit="steps") as bar:
 
         def show(info: StepInfo) -> None:
             bar.advance(
@@ -177,7 +194,13 @@ def train(
             tracker.metrics(values, info.step)
 
         return fit(
-            sharded, prepared.rows, recipe, run.checkpoints, recipe_hash(recipe), resume=resume, on_step=(show, track)
+            sharded,
+            prepared.rows,
+            recipe,
+            checkpoints,
+            resume=resume,
+            on_step=(show, track),
+            notify=progress.note,
         )
 
 
@@ -193,7 +216,7 @@ def export(
         **fitted.rates,
     }
     facts["trainable_parameters"], facts["parameters"] = parameter_counts(model)
-    facts["rows"] = len(prepared.rows.train)
+    facts["rows"] = len(prepared.rows.train.rows)
     facts["data"] = prepared.splits.report.as_dict() | {"truncation": prepared.dropped.as_dict()}
     if recipe.adapter.kind == "lora":
         # The first step moves only one of A and B, since the other starts at zero.
@@ -206,7 +229,8 @@ def export(
                 "raise optim.lr",
             )
         adapters.save_adapter(model, run.adapter, recipe.model.source.removeprefix("hf://"))
-        rows = (prepared.rows.validation or prepared.rows.train)[:4]
+        watched = prepared.rows.validation if len(prepared.rows.validation) else prepared.rows.train.rows
+        rows = [watched[index] for index in range(min(4, len(watched)))]
         model, facts["merge_difference"] = adapters.merge(model, probes(rows, next(model.parameters()).device))
     dtype = resolve_dtype(recipe.model.dtype, next(model.parameters()).device)
     example = prepared.splits.test[0] if prepared.splits.test else prepared.splits.train[0]

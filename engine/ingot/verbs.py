@@ -20,7 +20,8 @@ from ingot.model.load import (
 )
 from ingot.packaging.bundle import package_model
 from ingot.packaging.verify import verify_package
-from ingot.parallel.apply import parallelize
+from ingot.parallel import rules
+from ingot.parallel.strategies import parallelize
 from ingot.progress import Progress
 from ingot.ranks import Ranks, on_main, pick_device, process_group, read_ranks
 from ingot.recipe import Recipe
@@ -71,6 +72,7 @@ def finetune(
     recipe = resolve(recipe, home, ranks, device)
     decided = [f"model.dtype={recipe.model.dtype}", f"parallel.strategy={recipe.parallel.strategy}"]
     progress.note(f"{recipe.name}: {device.type}, {ranks.world} ranks, {' '.join(decided)}")
+    rules.check(recipe, ranks)
     set_threads(recipe, ranks)
     prepared = prepare(recipe, home, progress)
     preflight(recipe, home, prepared, progress)
@@ -83,7 +85,7 @@ def finetune(
         with tracker, _status(run, ranks):
             started = time.perf_counter()
             model, initial = build(recipe, home, prepared.splits.labels)
-            sharded = parallelize(model, ranks, recipe.parallel, device, resolve_dtype(recipe.model.dtype, device))
+            sharded = parallelize(model, ranks, recipe, device, resolve_dtype(recipe.model.dtype, device))
             fitted = train(sharded, prepared, recipe, run, resume is not None, tracker, progress)
             if ranks.main:
                 facts = export(sharded.plain, initial, prepared, recipe, run, fitted)

@@ -1,111 +1,140 @@
-"""Encoded rows to batches. A plan is a pure function of lengths, seed and epoch, never of the ranks.
+"""A step's rows to this rank's batches, padded one below the other or end to end in one line.
 
-So the same rows meet in the same step on one rank and on eight, and a resumed run goes on with the step it left.
-
-    B rows of a microbatch, T tokens of its longest row
+    B rows of a microbatch, T tokens of its longest row (padded) or of all its rows (end to end: B is 1)
 """
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ingot.data.packing import best_fit
+from ingot.data.plan import Packs, Portion
 from ingot.data.template import Encoded
 
 IGNORE = -100  # what torch's cross entropy leaves out
-WINDOW_STEPS = 50  # group_by_length sorts within this many steps: enough for even lengths, few enough to stay random
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass on one rank, padded on the right.
+    """One forward pass on one rank.
 
-    `ids_BT`, `attention_BT` (1 where a token is) and `labels_BT` are int64. Labels are NOT shifted: `labels[t] ==
-    ids[t]` where token t is a target, IGNORE elsewhere. `class_labels_B` is int64, None unless classes are learned.
-    `n_targets`: terms of the loss: labels at t >= 1 (nothing stands before t = 0 to predict it from), or rows for
-    classification.
+    `ids_BT` and `labels_BT` are int64. Labels are NOT shifted: `labels[t] == ids[t]` where token t is a target, IGNORE
+    elsewhere, and always at the first token of a row, which nothing stands before. `class_labels_B` is int64 (end to
+    end: one a row), None unless classes are learned. `n_targets`: terms of the loss.
+
+    Padded: `attention_BT` int64, 1 where a token is; `positions_BT` and `row_lengths` None. End to end: `attention_BT`
+    None; `positions_BT` int64 starts again with every row; `row_lengths` in tokens.
     """
 
     ids_BT: Tensor  # noqa: N815
-    attention_BT: Tensor  # noqa: N815
     labels_BT: Tensor  # noqa: N815
     class_labels_B: Tensor | None  # noqa: N815
     n_targets: int
+    attention_BT: Tensor | None = None  # noqa: N815
+    positions_BT: Tensor | None = None  # noqa: N815
+    row_lengths: tuple[int, ...] | None = None
 
 
-def plan_epoch(
-    lengths: Sequence[int], tokens_per_step: int, seed: int, epoch: int, group_by_length: bool
-) -> list[list[int]]:
-    """Row indices of every optimizer step of `epoch`: each row once, in an order drawn from (`seed`, `epoch`).
+def batches_of(
+    portion: Portion, rank: int, world: int, tokens_per_microbatch: int, *, flat: bool, even: bool
+) -> list[list[Encoded]]:
+    """The rows of `rank`'s microbatches of a step, of `world` ranks that each get other rows.
 
-    A step takes rows until the next would exceed `tokens_per_step` tokens (padding not counted); a row that is longer
-    by itself is a step by itself.
+    A rank without any gets one muted row, so that it takes part in what ranks do together. `even`: every rank gets as
+    many microbatches as the busiest.
     """
-    draw = random.Random(f"{seed} {epoch}")
-    order = list(range(len(lengths)))
-    draw.shuffle(order)
-    if not group_by_length:
-        return _filled(order, lengths, tokens_per_step)
-    ordered: list[int] = []
-    for number, window in enumerate(_filled(order, lengths, WINDOW_STEPS * tokens_per_step)):
-        # Up and down in turn, so that the step on the seam of two windows is even too.
-        ordered += sorted(window, key=lambda row: lengths[row], reverse=number % 2 == 1)
-    steps = _filled(ordered, lengths, tokens_per_step)
-    draw.shuffle(steps)
-    return steps
-
-
-def _filled(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Cut `order` into stretches of at most `tokens` tokens each, at least one row each."""
-    stretches: list[list[int]] = []
-    used = 0
-    for row in order:
-        if not stretches or used + lengths[row] > tokens:
-            stretches.append([])
-            used = 0
-        stretches[-1].append(row)
-        used += lengths[row]
-    return stretches
-
-
-def microbatches(
-    step_rows: Sequence[int], lengths: Sequence[int], rank: int, world: int, tokens_per_microbatch: int
-) -> list[list[int]]:
-    """The share of `rank` in a step, longest rows first, as microbatches of rows x longest <= `tokens_per_microbatch`.
-
-    Rows go to the rank with the fewest tokens, longest first, so ranks differ by less than one row. Ranks may get
-    unequal numbers of microbatches, or none. A row longer than the budget is a microbatch by itself.
-    """
-    loads = [0] * world
-    mine: list[int] = []
-    for row in sorted(step_rows, key=lambda row: (-lengths[row], row)):
-        lightest = min(range(world), key=loads.__getitem__)
-        loads[lightest] += lengths[row]
-        if lightest == rank:
-            mine.append(row)
-    batches: list[list[int]] = []
-    for row in mine:
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_per_microbatch:
-            batches.append([])
-        batches[-1].append(row)
+    lengths = portion.rows.lengths
+    shares = [microbatches(portion.packs, lengths, other, world, tokens_per_microbatch, flat) for other in range(world)]
+    wanted = max(map(len, shares)) if even else 1
+    batches = [[portion.rows[index] for index in part] for part in shares[rank]]
+    if len(batches) < wanted:
+        shortest = portion.rows[min(portion.indices, key=lambda index: (lengths[index], index))]
+        batches += [[_muted(shortest)] for _ in range(wanted - len(batches))]
     return batches
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
-    """Pad rows on the right with `pad_id` to the longest. Padding is told by position: `pad_id` may be eos."""
-    shape = (len(encoded), max(len(row.ids) for row in encoded))
+def microbatches(
+    packs: Packs, lengths: Sequence[int], rank: int, world: int, tokens_per_microbatch: int, flat: bool
+) -> list[list[int]]:
+    """The share of `rank` in a step as microbatches of at most `tokens_per_microbatch` tokens: rows x longest when
+    padded, their sum when laid end to end (`flat`).
+
+    Packs go to the rank with the fewest tokens, longest first, so ranks differ by less than one pack. Ranks may get
+    unequal numbers of microbatches, or none. A pack longer than the budget is a microbatch by itself.
+    """
+    sizes = [int(sum(lengths[row] for row in pack)) for pack in packs]
+    loads = [0] * world
+    mine: list[int] = []
+    for number in sorted(range(len(packs)), key=lambda number: (-sizes[number], packs[number])):
+        lightest = min(range(world), key=loads.__getitem__)
+        loads[lightest] += sizes[number]
+        if lightest == rank:
+            mine.append(number)
+    if flat:
+        bins = best_fit([sizes[number] for number in mine], tokens_per_microbatch)
+        return [[row for i in found for row in packs[mine[i]]] for found in bins]
+    batches: list[list[int]] = []
+    for number in mine:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_per_microbatch:
+            batches.append([])
+        batches[-1] += packs[number]
+    return batches
+
+
+def collate(rows: Sequence[Encoded], pad_id: int, *, flat: bool = False, multiple: int = 1) -> Batch:
+    """Rows to a batch: padded on the right with `pad_id` to the longest, or end to end (`flat`).
+
+    Padding is told by position: `pad_id` may be eos. `multiple`: a line's tokens are filled up to a multiple of this by
+    one more row of `pad_id`, for ranks that share a line.
+    """
+    classes = [row.label for row in rows if row.label is not None]
+    class_labels = torch.tensor(classes, dtype=torch.long) if classes else None
+    if flat:
+        return _line(rows, class_labels, pad_id, multiple)
+    shape = (len(rows), max(len(row.ids) for row in rows))
     ids_BT = torch.full(shape, pad_id, dtype=torch.long)
     attention_BT = torch.zeros(shape, dtype=torch.long)
     labels_BT = torch.full(shape, IGNORE, dtype=torch.long)
-    for number, row in enumerate(encoded):
-        ids_T = torch.tensor(row.ids, dtype=torch.long)
+    for number, row in enumerate(rows):
         n_tokens = len(row.ids)
-        ids_BT[number, :n_tokens] = ids_T
+        ids_BT[number, :n_tokens], labels_BT[number, :n_tokens] = _ids_and_labels(row)
         attention_BT[number, :n_tokens] = 1
-        labels_BT[number, :n_tokens] = ids_T.masked_fill(~torch.tensor(row.trainable, dtype=torch.bool), IGNORE)
-    classes = [row.label for row in encoded if row.label is not None]
-    if classes:
-        return Batch(ids_BT, attention_BT, labels_BT, torch.tensor(classes, dtype=torch.long), len(classes))
-    return Batch(ids_BT, attention_BT, labels_BT, None, int((labels_BT[:, 1:] != IGNORE).sum()))
+    return Batch(ids_BT, labels_BT, class_labels, _terms(labels_BT, class_labels), attention_BT=attention_BT)
+
+
+def _line(rows: Sequence[Encoded], class_labels: Tensor | None, pad_id: int, multiple: int) -> Batch:
+    lengths = [len(row.ids) for row in rows]
+    missing = -sum(lengths) % multiple
+    parts = [_ids_and_labels(row) for row in rows]
+    if missing:
+        parts.append((torch.full((missing,), pad_id), torch.full((missing,), IGNORE)))
+        lengths.append(missing)
+    ids_BT = torch.cat([ids for ids, _ in parts]).unsqueeze(0)
+    labels_BT = torch.cat([labels for _, labels in parts]).unsqueeze(0)
+    positions_BT = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    return Batch(
+        ids_BT,
+        labels_BT,
+        class_labels,
+        _terms(labels_BT, class_labels),
+        positions_BT=positions_BT,
+        row_lengths=tuple(lengths),
+    )
+
+
+def _ids_and_labels(row: Encoded) -> tuple[Tensor, Tensor]:
+    ids_T = torch.as_tensor(row.ids, dtype=torch.long)
+    labels_T = ids_T.masked_fill(~torch.as_tensor(row.trainable, dtype=torch.bool), IGNORE)
+    labels_T[0] = IGNORE  # nothing stands before it; end to end, another row's last token does
+    return ids_T, labels_T
+
+
+def _terms(labels_BT: Tensor, class_labels: Tensor | None) -> int:
+    found = labels_BT if class_labels is None else class_labels
+    return int((found != IGNORE).sum())
+
+
+def _muted(row: Encoded) -> Encoded:
+    return replace(row, trainable=[False] * len(row.ids), label=None if row.label is None else IGNORE)

@@ -99,7 +99,7 @@ def _encoded(
 
 def _batches(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
     lengths = [len(row.ids) for row in rows]
-    return microbatches(range(len(rows)), lengths, 0, 1, max(tokens, max(lengths)))
+    return microbatches([[index] for index in range(len(rows))], lengths, 0, 1, max(tokens, max(lengths)), flat=False)
 
 
 def _row_losses(

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ingot.errors import ModelError
+from ingot.model import attention
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.source import model_folder
 from ingot.recipe import Model, Task
@@ -105,8 +106,8 @@ def load_model(
     random = model.initialization == "random"
     path = model_folder(model, folder, weights=not random)
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(path, local_files_only=True, **options)
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "attn_implementation": attention.NAME}
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=model.trust_remote_code)
     if task == "text-classification":
         return _load_classifier(model, path, folder, config, labels, dtype, random)
     if random:
@@ -123,7 +124,11 @@ def _load_classifier(
     config.label2id = {label: index for index, label in enumerate(labels)}
     if config.pad_token_id is None:  # decoders find a row's last token by this id
         config.pad_token_id = pad_id(load_tokenizer(model, folder))
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "dtype": dtype}
+    options: dict[str, Any] = {
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": dtype,
+        "attn_implementation": attention.NAME,
+    }
     kind = AutoModelForSequenceClassification if resolve_pooling(model, folder) == "head" else AutoModel
     if random:
         loaded = kind.from_config(config, **options)

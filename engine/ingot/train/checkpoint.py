@@ -1,4 +1,5 @@
-"""Resumable checkpoints: safetensors and JSON only, published by one rename, so that a half-written one is never seen.
+"""Resumable checkpoints: sharded safetensors and JSON only, published by one rename, so that a half-written one is never
+seen.
 
 Randomness needs no state: dropout is seeded from (seed, step, rank) and row order is a function of (seed, epoch).
 """
@@ -6,108 +7,103 @@ Randomness needs no state: dropout is seeded from (seed, step, rank) and row ord
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from ingot.data.plan import Cursor
 from ingot.errors import CheckpointError
-from ingot.model.adapters import trainable_tensors
+from ingot.parallel.sharded import OPTIMIZER, Sharded
+from ingot.ranks import Ranks, on_main
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where training stands after `step` optimizer steps."""
 
-    step: int
     steps: int
-    tokens: int
     recipe_hash: str
-    validation_loss: float | None
-    best_step: int | None
-    best_loss: float | None
+    step: int = 0
+    tokens: int = 0
+    cursor: Cursor = Cursor()
+    skipped: int = 0
+    recent_losses: tuple[float, ...] = ()
+    validation_loss: float | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    def watched(self, loss: float) -> "Progress":
+        """With the validation loss of this step."""
+        if self.best_loss is None or loss < self.best_loss:
+            return replace(self, validation_loss=loss, best_loss=loss, best_step=self.step)
+        return replace(self, validation_loss=loss)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """What `asdict` and JSON made of one."""
+        values = values | {"cursor": Cursor(**values["cursor"]), "recent_losses": tuple(values["recent_losses"])}
+        return cls(**values)
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int) -> Path:
-    """Write `folder`/step-NNNNNN, move the links `last` and `best`, drop all but the newest `keep` and the best.
+class Checkpoints:
+    """The checkpoints of a run: `folder`/step-NNNNNN, and the links `last` and `best`."""
 
-    Raises CheckpointError when the disk fails; everything that was there before is untouched then.
-    """
-    name = f"step-{progress.step:06d}"
-    final, partial = folder / name, folder / f".{name}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        weights = {key: p.detach().cpu().contiguous() for key, p in trainable_tensors(model)}
-        save_file(weights, partial / "trainable.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-        (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
-        for file in partial.iterdir():
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _link(folder / "last", name)
-        if progress.best_step == progress.step:
-            _link(folder / "best", name)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
-        shutil.rmtree(partial, ignore_errors=True)
-        last = folder / "last"
-        kept = f"the last good one is {last.resolve()}" if last.exists() else "there is none before it"
-        raise CheckpointError(
-            f"checkpoint {final} could not be written ({getattr(error, 'strerror', None) or error}); {kept}. "
-            "Free some disk, then --resume"
-        ) from error
-    _prune(folder, keep)
-    return final
+    def __init__(self, folder: Path, ranks: Ranks, recipe_hash: str, keep: int) -> None:
+        self.folder, self.ranks, self.recipe_hash, self.keep = folder, ranks, recipe_hash, keep
 
+    @property
+    def last(self) -> Path:
+        """The newest one."""
+        return self.folder / "last"
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, recipe_hash: str) -> Progress:
-    """Read a checkpoint back into `model` (and `optimizer`); another recipe's checkpoint is refused."""
-    try:
-        progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
-        weights = load_file(path / "trainable.safetensors")
-        moments = load_file(path / "optimizer.safetensors") if optimizer is not None else {}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"no usable checkpoint at {path} ({error})") from error
-    if progress.recipe_hash != recipe_hash:
-        raise CheckpointError(
-            f"{path} was written by another recipe (hash {progress.recipe_hash}, now {recipe_hash}); "
-            "start a new run, or restore its recipe"
+    def save(self, sharded: Sharded, progress: Progress) -> None:
+        """Copy the state and write it in the background."""
+        name = f"step-{progress.step:06d}"
+        final, partial = self.folder / name, self.folder / f".{name}.partial"
+        on_main(lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True))[1])
+        dcp.save(
+            dict(sharded.state()), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True)
         )
-    parameters = dict(trainable_tensors(model))
-    if parameters.keys() != weights.keys():
-        odd = sorted(parameters.keys() ^ weights.keys())[0]
-        raise CheckpointError(f"{path} does not fit the model: {odd} is in only one of them")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    if optimizer is not None:
-        for name, parameter in parameters.items():
-            optimizer.state[parameter] = {
-                key: moments[f"{name}/{key}"].to(_home(key, parameter)) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    return progress
 
+        def publish() -> None:
+            (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _link(self.folder / "last", name)
+            if progress.best_step == progress.step:
+                _link(self.folder / "best", name)
+            _prune(self.folder, self.keep)
 
-def _home(key: str, parameter: torch.Tensor) -> torch.device:
-    return parameter.device if key != "step" or parameter.is_cuda else torch.device("cpu")
+        on_main(publish)
 
+    def failed(self) -> CheckpointError | None:
+        """What went wrong with the write in the background."""
+        return None
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, p in trainable_tensors(model)
-        for key, value in optimizer.state.get(p, {}).items()
-    }
+    def wait(self) -> None:
+        """Until the write in the background is published. Raises its CheckpointError."""
 
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+    def load(
+        self, sharded: Sharded, name: str, notify: Callable[[str], None], *, weights_only: bool = False
+    ) -> Progress:
+        """Fill `sharded` from a checkpoint."""
+        path = self.folder / name
+        progress = Progress.from_json(json.loads((path / "progress.json").read_text(encoding="utf-8")))
+        if progress.recipe_hash != self.recipe_hash:
+            raise CheckpointError(
+                f"{path} was written by another recipe (hash {progress.recipe_hash}, now {self.recipe_hash}); "
+                "start a new run, or restore its recipe"
+            )
+        state = {
+            key: value for key, value in sharded.state().items() if not (weights_only and key.startswith(OPTIMIZER))
+        }
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+        sharded.load(state)
+        return progress
 
 
 def _link(link: Path, target: str) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: steps planned ahead, one loss divisor, checkpoints, and a clean stop. No integration is named
+"""The training loop: portions planned ahead, one loss divisor, checkpoints, and a clean stop. No integration is named
 here.
 """
 
@@ -8,36 +8,42 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 
 import torch
 
-from ingot.data.loader import IGNORE, collate, microbatches, plan_epoch
-from ingot.data.template import Encoded
-from ingot.errors import IngotError, Interrupted
-from ingot.parallel.apply import Sharded
-from ingot.ranks import all_reduce_sum, on_main
-from ingot.recipe import Recipe, Train
-from ingot.train import checkpoint
-from ingot.train.checkpoint import Progress
+from ingot.data.loader import Batch, batches_of, collate
+from ingot.data.plan import Cursor, Feed, Portion
+from ingot.data.rows import EncodedRows
+from ingot.errors import Interrupted
+from ingot.parallel.optim import lr_at
+from ingot.parallel.sharded import Sharded
+from ingot.ranks import all_reduce_sum
+from ingot.recipe import Recipe
+from ingot.train import diagnosis, memory
+from ingot.train.checkpoint import Checkpoints, Progress
+from ingot.train.guard import RECENT_STEPS, is_spike
 from ingot.train.meter import Meter
 from ingot.train.objectives import OBJECTIVES
-from ingot.train.optim import clip, lr_at, make_optimizer
+from ingot.train.prefetch import ahead
+
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded rows to learn from and to watch; `pad_id` fills up batches."""
+    """What to learn from, and encoded rows to watch; `pad_id` fills up batches."""
 
-    train: Sequence[Encoded]
-    validation: Sequence[Encoded]
+    train: Feed
+    validation: EncodedRows
     pad_id: int
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What one optimizer step did. `loss` is the mean over all targets of the step, over all ranks."""
+    """What one optimizer step did. `loss` is the mean over all targets of the step, over all ranks.
+
+    `applied` is False for a step that was left out: not finite, or a spike.
+    """
 
     step: int
     steps: int
@@ -47,6 +53,7 @@ class StepInfo:
     tokens: int
     rates: dict[str, float]
     validation_loss: float | None = None
+    applied: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,165 +66,192 @@ class Fitted:
     best_step: int | None
     best_loss: float | None
     final_step: int
+    skipped: int
     rates: dict[str, float]
-
-
-def plan_steps(lengths: Sequence[int], train: Train) -> list[list[int]]:
-    """Row indices of every optimizer step of the whole run: a pure function of the lengths and the section."""
-    steps: list[list[int]] = []
-    remaining, epoch = train.epochs, 0
-    while remaining > 1e-9 if train.max_steps is None else len(steps) < train.max_steps:
-        plan = plan_epoch(lengths, train.tokens_per_step, train.seed, epoch, train.group_by_length)
-        share = 1.0 if train.max_steps is not None else min(1.0, remaining)
-        steps += plan[: max(1, round(share * len(plan)))]
-        remaining, epoch = remaining - 1.0, epoch + 1
-    return steps[: train.max_steps]
-
-
-def n_targets(rows: Sequence[Encoded]) -> int:
-    """Trainable targets of `rows`: classes, or trainable tokens that have something before them."""
-    return sum(1 if row.label is not None else sum(row.trainable[1:]) for row in rows)
 
 
 def fit(
     sharded: Sharded,
     rows: Rows,
     recipe: Recipe,
-    folder: Path,
-    recipe_hash: str,
+    checkpoints: Checkpoints,
     *,
     resume: bool = False,
     on_step: Sequence[Callable[[StepInfo], None]] = (),
+    notify: Notify = lambda text: None,
+    meter: Meter | None = None,
 ) -> Fitted:
     """Train `sharded` on `rows.train`; leave the best or last weights in it, as `train.final` says.
 
-    Checkpoints go to `folder`. With `resume` the newest of them is continued, exactly. Raises Interrupted (after a
-    checkpoint) on
-    SIGINT or SIGTERM, CheckpointError when the disk fails, IngotError when the loss is not finite.
+    With `resume` the newest usable checkpoint is continued, exactly. Raises Interrupted (after a checkpoint) on SIGINT
+    or SIGTERM, CheckpointError when the disk fails, NotFinite and OutOfMemory when the recipe lets them stop the run.
     """
-    train = recipe.train
-    lengths = [len(row.ids) for row in rows.train]
-    plan = plan_steps(lengths, train)
-    optimizer = make_optimizer(sharded.plain, recipe.optim)
-    state = Progress(0, len(plan), 0, recipe_hash, None, None, None)
+    train, n_steps = recipe.train, rows.train.steps
+    state = Progress(steps=n_steps, recipe_hash=checkpoints.recipe_hash)
     if resume:
-        state = checkpoint.load(folder / "last", sharded.plain, optimizer, recipe_hash)
-    watch_every, save_every = _intervals(plan, train)
-    meter = Meter()
+        state = checkpoints.load(sharded, "last", notify)
+    watch_every, save_every = _intervals(rows.train, recipe)
+    meter = meter or Meter()
+    step = _Step(sharded, rows.pad_id, recipe, meter, notify)
     with _stop_signals() as stopped:
-        for step in range(state.step, len(plan)):
-            chosen = [rows.train[index] for index in plan[step]]
-            lr = lr_at(step, len(plan), recipe.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, norm, stop = _train_step(
-                sharded, rows, plan[step], chosen, lengths, optimizer, recipe, step, stopped()
+        for portion, batches in ahead(rows.train.start(state.cursor), step.batches):
+            if state.step == n_steps:
+                break
+            meter.got_data()
+            lr = lr_at(state.step, n_steps, recipe.optim)
+            # Every rank hears of a stop or of a failed write in the same step, so that none waits for one that left.
+            flags = [float(stopped()), float(checkpoints.failed() is not None)]
+            loss, norm, (stop, failed) = step(portion, batches, state, lr, flags)
+            if failed:
+                checkpoints.wait()
+            applied = math.isfinite(norm)
+            recent = [*state.recent_losses, loss][-RECENT_STEPS:] if applied else state.recent_losses
+            state = replace(
+                state,
+                step=state.step + 1,
+                tokens=state.tokens + portion.n_tokens,
+                cursor=portion.cursor,
+                skipped=state.skipped + (not applied),
+                recent_losses=recent,
+                validation_loss=None,
             )
-            tokens = sum(map(len, (row.ids for row in chosen)))
-            meter.step(tokens, n_targets(chosen))
-            done = step + 1
-            state = replace(state, step=done, tokens=state.tokens + tokens, validation_loss=None)
-            if rows.validation and (done % watch_every == 0 or done == len(plan)):
-                state = _watch(state, validation_loss(sharded, rows, recipe))
+            if not applied and math.isfinite(loss) and train.on_spike == "rewind":
+                checkpoints.wait()
+                checkpoints.load(sharded, "last", notify)
+            meter.step(portion.n_tokens, portion.n_targets)
+            done, end = state.step, state.step == n_steps
+            if len(rows.validation) and (done % watch_every == 0 or end):
+                with meter.phase("validation"):
+                    state = state.watched(validation_loss(sharded, rows, recipe, step.tokens_per_microbatch))
             for report in on_step:
-                report(StepInfo(done, len(plan), loss, lr, norm, tokens, meter.rates(), state.validation_loss))
-            if (
-                done % save_every == 0
-                or done == len(plan)
-                or stop
-                or (state.validation_loss is not None and state.best_step == done)
-            ):
-                on_main(partial(checkpoint.save, folder, sharded.plain, optimizer, state, train.keep_checkpoints))
-            if stop and done < len(plan):
+                info = StepInfo(
+                    done, n_steps, loss, lr, norm, portion.n_tokens, meter.rates(), state.validation_loss, applied
+                )
+                report(info)
+            if done % save_every == 0 or end or stop or (state.validation_loss is not None and state.best_step == done):
+                with meter.phase("checkpoint"):
+                    checkpoints.save(sharded, state)
+            if stop and not end:
+                checkpoints.wait()
                 raise Interrupted(
-                    f"stopped after step {done} of {len(plan)}; everything up to it is in {folder / 'last'}. "
+                    f"stopped after step {done} of {n_steps}; everything up to it is in {checkpoints.last}. "
                     "Continue with --resume"
                 )
             meter.resume()
+    checkpoints.wait()
     final = "best" if train.final == "best" and state.best_step is not None else "last"
-    finished = checkpoint.load(folder / final, sharded.plain, None, recipe_hash)
+    finished = checkpoints.load(sharded, final, notify, weights_only=True)
     return Fitted(
-        len(plan), state.tokens, meter.seconds, state.best_step, state.best_loss, finished.step, meter.rates()
+        n_steps,
+        state.tokens,
+        meter.seconds,
+        state.best_step,
+        state.best_loss,
+        finished.step,
+        state.skipped,
+        meter.rates(),
     )
 
 
-def _train_step(
-    sharded: Sharded,
-    rows: Rows,
-    indices: Sequence[int],
-    chosen: Sequence[Encoded],
-    lengths: Sequence[int],
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    step: int,
-    stop: bool,
-) -> tuple[float, float, bool]:
-    """One optimizer step over the rows at `indices`: returns (mean loss, gradient norm, whether any rank wants to
-    stop).
-    """
-    ranks, train = sharded.ranks, recipe.train
-    objective = OBJECTIVES[recipe.objective.task]
-    divisor = n_targets(chosen)  # of ALL ranks: every rank knows the whole plan, so nothing has to be communicated
-    sharded.wrapped.train()
-    # Dropout is a function of (seed, step, rank), so a resumed run draws the same masks without stored generator
-    # states.
-    torch.manual_seed((train.seed * 1_000_003 + step) * 1_024 + ranks.rank)
-    batches = [
-        [rows.train[i] for i in part]
-        for part in microbatches(indices, lengths, ranks.rank, ranks.world, train.tokens_per_microbatch)
-    ]
-    if not batches:  # more ranks than rows in this step: the others still wait for this one's (zero) gradients
-        batches = [[_muted(chosen[0])]]
-    total = torch.zeros(2, device=next(sharded.plain.parameters()).device)
-    for number, part in enumerate(batches):
-        with sharded.microbatch(last=number == len(batches) - 1):
-            loss = objective(sharded, collate(part, rows.pad_id), divisor, recipe.objective)
-            sharded.backward(loss)
-        total[0] += loss.detach()
-    total[1] = float(stop)
-    all_reduce_sum(total)
-    mean = total[0].item()
-    norm = clip(sharded.plain, recipe.optim.clip_grad_norm).item()
-    if not (math.isfinite(mean) and math.isfinite(norm)):
-        raise IngotError(
-            f"step {step + 1}: loss {mean}, gradient norm {norm}; nothing was updated by it. "
-            f"Rows: {', '.join(row.where for row in chosen[:3])} ... "
-            "Lower optim.lr, or use model.dtype=float32"
+class _Step:
+    """One optimizer step; knows the budget of a forward pass, which running out of memory may halve."""
+
+    def __init__(self, sharded: Sharded, pad_id: int, recipe: Recipe, meter: Meter, notify: Notify) -> None:
+        self.sharded, self.pad_id, self.recipe, self.meter, self.notify = sharded, pad_id, recipe, meter, notify
+        self.tokens_per_microbatch = recipe.train.tokens_per_microbatch
+        self.objective = OBJECTIVES[recipe.objective.task]
+
+    def batches(self, portion: Portion) -> list[Batch]:
+        """This rank's share of a step."""
+        layout, flat = self.sharded.layout, self.recipe.data.batches != "padded"
+        parts = batches_of(
+            portion, layout.data_rank, layout.data, self.tokens_per_microbatch, flat=flat, even=self.sharded.even
         )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return mean, norm, bool(total[1] > 0)
+        return [collate(part, self.pad_id, flat=flat, multiple=layout.context) for part in parts]
 
+    def __call__(
+        self, portion: Portion, batches: list[Batch], state: Progress, lr: float, flags: list[float]
+    ) -> tuple[float, float, list[bool]]:
+        """Learn from `portion`; return (mean loss, gradient norm, which of `flags` any rank has set).
 
-def _muted(row: Encoded) -> Encoded:
-    return replace(row, trainable=[False] * len(row.ids), label=None if row.label is None else IGNORE)
+        The norm is NaN for a step that was left out.
+        """
+        sharded, train = self.sharded, self.recipe.train
+        while True:
+            try:
+                loss_sum = self._learn(batches, portion.n_targets, state.step)
+                break
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                sharded.drop()
+                self.tokens_per_microbatch = memory.relieve(
+                    error, sharded, batches, portion, self.recipe, self.tokens_per_microbatch, self.notify
+                )
+                batches = self.batches(portion)
+        with self.meter.phase("communication"):
+            total = torch.stack([loss_sum, *loss_sum.new_tensor(flags)])
+            loss, *counts = all_reduce_sum(total).tolist()
+        loss, raised = loss / sharded.layout.tensor, [count > 0 for count in counts]
+        reason = None
+        if not math.isfinite(loss):
+            reason = f"step {state.step + 1}: the loss is {loss}"
+        elif train.spike_factor is not None and is_spike(loss, state.recent_losses, train.spike_factor):
+            text = f"step {state.step + 1}: the loss {loss:.4g} is a spike"
+            if train.on_spike != "warn":
+                self.notify(f"{text}; the step is left out")
+                sharded.drop()
+                return loss, math.nan, raised
+            self.notify(text)
+        if reason is None:
+            with self.meter.phase("step"):
+                norm = sharded.step(lr, self.recipe.optim.clip_grad_norm)
+            if math.isfinite(norm):
+                return loss, norm, raised
+            reason = f"step {state.step + 1}: loss {loss:.4g}, but the gradient's norm is {norm}"
+        sharded.drop()
+        if state.skipped >= train.nonfinite_budget:
+            raise diagnosis.not_finite(reason, sharded, batches, portion, self.recipe, self.objective)
+        self.notify(f"{reason}; the step is left out ({state.skipped + 1} of at most {train.nonfinite_budget})")
+        return loss if math.isfinite(loss) else math.nan, math.nan, raised
+
+    def _learn(self, batches: list[Batch], divisor: int, step: int) -> torch.Tensor:
+        """Gradients of this rank's part of a step; returns its part of the mean loss, a float32 scalar."""
+        sharded, layout = self.sharded, self.sharded.layout
+        sharded.wrapped.train()
+        # Dropout is a function of (seed, step, rank), so a resumed run draws the same masks without stored generator
+        # states. Ranks of one tensor group draw the same.
+        rank = layout.ranks.rank // layout.tensor
+        torch.manual_seed((self.recipe.train.seed * 1_000_003 + step) * 1_024 + rank)
+        total = torch.zeros((), device=sharded.device)
+        for number, batch in enumerate(batches):
+            with sharded.microbatch(last=number == len(batches) - 1):
+                with self.meter.phase("forward"):
+                    loss = self.objective(sharded, batch, divisor, self.recipe.objective)
+                with self.meter.phase("backward"):
+                    sharded.backward(loss)
+            total += loss.detach()
+        return total
 
 
 @torch.no_grad()
-def validation_loss(sharded: Sharded, rows: Rows, recipe: Recipe) -> float:
+def validation_loss(sharded: Sharded, rows: Rows, recipe: Recipe, tokens_per_microbatch: int) -> float:
     """Mean loss per target over all validation rows, over all ranks."""
     sharded.wrapped.eval()
-    objective = OBJECTIVES[recipe.objective.task]
-    lengths = [len(row.ids) for row in rows.validation]
-    divisor = n_targets(rows.validation)
-    total = torch.zeros(1, device=next(sharded.plain.parameters()).device)
-    for part in microbatches(
-        range(len(lengths)), lengths, sharded.ranks.rank, sharded.ranks.world, recipe.train.tokens_per_microbatch
+    objective, layout, flat = OBJECTIVES[recipe.objective.task], sharded.layout, recipe.data.batches != "padded"
+    everything = Portion(rows.validation, [[index] for index in range(len(rows.validation))], Cursor())
+    total = torch.zeros((), device=sharded.device)
+    for part in batches_of(
+        everything, layout.data_rank, layout.data, tokens_per_microbatch, flat=flat, even=sharded.even
     ):
-        total += objective(sharded, collate([rows.validation[i] for i in part], rows.pad_id), divisor, recipe.objective)
-    return all_reduce_sum(total).item()
+        batch = collate(part, rows.pad_id, flat=flat, multiple=layout.context)
+        total += objective(sharded, batch, everything.n_targets, recipe.objective)
+    return all_reduce_sum(total).item() / layout.tensor
 
 
-def _intervals(plan: Sequence[Sequence[int]], train: Train) -> tuple[int, int]:
-    per_epoch = max(1, math.ceil(len(plan) / max(1.0, train.epochs))) if train.max_steps is None else len(plan)
+def _intervals(feed: Feed, recipe: Recipe) -> tuple[int, int]:
+    train = recipe.train
+    per_epoch = max(1, math.ceil(feed.steps / max(1.0, train.epochs))) if train.max_steps is None else feed.steps
     watch = train.evaluate_every_steps or per_epoch
     return watch, train.checkpoint_every_steps or watch
-
-
-def _watch(state: Progress, loss: float) -> Progress:
-    if state.best_loss is None or loss < state.best_loss:
-        state = replace(state, best_loss=loss, best_step=state.step)
-    return replace(state, validation_loss=loss)
 
 
 @contextmanager

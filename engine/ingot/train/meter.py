@@ -1,7 +1,9 @@
-"""How fast: tokens and seconds of the steps since the last reading."""
+"""How fast: tokens and seconds of the steps, and what the seconds went into."""
 
+import contextlib
 import resource
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -9,12 +11,32 @@ import torch
 
 @dataclass
 class Meter:
-    """Counts tokens over wall time; paused while something other than training runs (validation, checkpoints)."""
+    """Counts tokens over wall time; paused while something other than training runs (validation, checkpoints).
 
+    `on_phase` hears of every phase that begins: "data", "forward", "backward", "communication", "step", "validation",
+    "checkpoint".
+    """
+
+    on_phase: Callable[[str], None] = lambda name: None
     tokens: int = 0
     targets: int = 0
     seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the step."""
+        self.on_phase(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - started
+
+    def got_data(self) -> None:
+        """The step's batches are here: what passed since the last step was waiting for them."""
+        self.phases["data"] = self.phases.get("data", 0.0) + time.perf_counter() - self._since
 
     def step(self, tokens: int, targets: int) -> float:
         """Add one step; return its seconds."""
@@ -28,6 +50,7 @@ class Meter:
     def resume(self) -> None:
         """Start the clock again after a pause."""
         self._since = time.perf_counter()
+        self.on_phase("data")
 
     def rates(self) -> dict[str, float]:
         """Non-padding and trainable tokens per second over all ranks, and this rank's peak memory in MiB."""

@@ -7,7 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ingot.data.template import Encoded
-from ingot.parallel.apply import Sharded, parallelize
+from ingot.data.plan import PlannedFeed
+from ingot.data.rows import ListRows
+from ingot.parallel.sharded import Sharded
+from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.recipe import Recipe
 from ingot.recipe_io import parse_recipe
@@ -27,7 +30,7 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
+        attn_implementation="ingot",
     )
     return LlamaForCausalLM(config)
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ingot.model.adapters import trainable_tensors
 from ingot.recipe import Optim
@@ -36,9 +36,3 @@ def lr_at(step: int, steps: int, section: Optim) -> float:
     progress = (step - warmup) / max(1, steps - warmup)
     shape = 1.0 - progress if section.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return section.lr * (section.min_lr_share + (1.0 - section.min_lr_share) * shape)
-
-
-def clip(model: nn.Module, limit: float | None) -> Tensor:
-    """Scale gradients to a global L2 norm of at most `limit`; return the norm before."""
-    gradients = [p for _, p in trainable_tensors(model) if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(gradients, math.inf if limit is None else limit, foreach=True)

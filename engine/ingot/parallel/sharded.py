@@ -1,0 +1,128 @@
+"""A plain model -> the verbs that the loop needs, whatever the strategy behind them.
+
+`Sharded` is the model as it is on one rank, and under DistributedDataParallel; fsdp.py and deepspeed.py derive from it.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ingot.model.adapters import trainable_tensors
+from ingot.parallel.layout import Layout
+
+MODEL, OPTIMIZER = "model/", "optimizer/"  # how names in `state` begin
+
+
+class Sharded:
+    """A model and its optimizer spread over ranks.
+
+    `plain` is the model itself; `wrapped` is what forward calls. `even`: every rank must run as many forward passes as
+    every other, with gradients or without, because parameters travel in them.
+    """
+
+    even = False
+
+    def __init__(
+        self,
+        plain: nn.Module,
+        wrapped: nn.Module,
+        layout: Layout,
+        compute_dtype: torch.dtype,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.plain, self.wrapped, self.layout = plain, wrapped, layout
+        self.compute_dtype, self.optimizer = compute_dtype, optimizer
+        self.device = next(plain.parameters()).device
+
+    def forward(self, **inputs: Any) -> Any:
+        """Call the model; matrix products run in `compute_dtype`."""
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            # Without gradients ranks may forward different numbers of batches, which DDP would wait for.
+            return (self.wrapped if torch.is_grad_enabled() or self.even else self.plain)(**inputs)
+
+    @contextlib.contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        """Context for forward and backward of one microbatch; gradients travel on the `last` one of a step."""
+        if last or not isinstance(self.wrapped, DistributedDataParallel):
+            yield
+        else:
+            with self.wrapped.no_sync():
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of this rank's part of the global loss (already divided by the global number of
+        targets).
+
+        DDP averages over ranks, so the part is scaled by their number: the result is the exact global gradient.
+        """
+        (loss * self.layout.loss_parts).backward()
+
+    def step(self, lr: float, limit: float | None) -> float:
+        """Scale the gradient to a global L2 norm of at most `limit`, update, forget the gradient; return the norm.
+
+        Nothing is updated when the norm is not finite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        gradients = [p for _, p in trainable_tensors(self.plain) if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(gradients, math.inf if limit is None else limit, foreach=True)
+        found = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if math.isfinite(found):
+            self.optimizer.step()
+        self.drop()
+        return found
+
+    def drop(self) -> None:
+        """Forget the gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training changes: `model/NAME` and `optimizer/NAME/KEY`, plain tensors (the same on all
+        ranks) or DTensors (this rank holds a part).
+
+        These are also the places that `load` fills: before the first step, moments are made as zeros.
+        """
+        found: dict[str, Tensor] = {}
+        for name, parameter in trainable_tensors(self.plain):
+            found[MODEL + name] = parameter.detach()
+            moments = self.optimizer.state.get(parameter) or fresh_moments(parameter)
+            found |= {f"{OPTIMIZER}{name}/{key}": value for key, value in moments.items()}
+        return found
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` returned and a checkpoint filled. Without moments in it only weights are taken."""
+        with torch.no_grad():
+            for name, parameter in trainable_tensors(self.plain):
+                parameter.copy_(state[MODEL + name])
+                start = f"{OPTIMIZER}{name}/"
+                moments = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+                if moments:
+                    self.optimizer.state[parameter] = moments
+
+
+def fresh_moments(parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before its first step, as torch makes it for `fused=True`."""
+    device = parameter.device if parameter.is_cuda else torch.device("cpu")
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Recompute each block's activations in the backward pass (Chen et al. 2016) instead of keeping them.
+
+    The non-reentrant kind: with the reentrant one and frozen embeddings adapters get no gradient and stay at zero.
+    """
+    inner: Any = getattr(model, "backbone", model)
+    # transformers 5.23 renamed it; the old name warns there, the new one is missing before.
+    word = "activation" if hasattr(inner, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(inner, f"{word}_checkpointing_enable")
+    enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})

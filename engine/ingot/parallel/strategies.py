@@ -1,0 +1,46 @@
+"""A recipe's `parallel` section -> `Sharded`: one list of functions in one visible order."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ingot.parallel.layout import Layout
+from ingot.parallel.optim import make_optimizer
+from ingot.parallel.sharded import Sharded
+from ingot.ranks import Ranks
+from ingot.recipe import Optim, Parallel, Recipe
+from ingot.registry import resolve
+
+STRATEGIES = {
+    "none": "ingot.parallel.strategies:single",
+    "ddp": "ingot.parallel.strategies:replicate",
+}
+
+
+def parallelize(model: nn.Module, ranks: Ranks, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Sharded:
+    """Move `model` to `device` and spread it as `recipe.parallel` says.
+
+    Raises RecipeError where rules.py does: callers ask it first, before anything is loaded.
+    """
+    section = recipe.parallel
+    layout = Layout(ranks, context=section.context, tensor=section.tensor)
+    strategy = resolve(STRATEGIES, "parallel.strategy", section.strategy)
+    return strategy(model, layout, section, recipe.optim, device, dtype)
+
+
+def single(
+    model: nn.Module, layout: Layout, section: Parallel, optim: Optim, device: torch.device, dtype: torch.dtype
+) -> Sharded:
+    """One rank: the model as it is."""
+    model.to(device)
+    return Sharded(model, model, layout, dtype, make_optimizer(model, optim))
+
+
+def replicate(
+    model: nn.Module, layout: Layout, section: Parallel, optim: Optim, device: torch.device, dtype: torch.dtype
+) -> Sharded:
+    """Every rank holds everything; gradients are averaged while the backward pass runs."""
+    model.to(device)
+    devices = [device] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Sharded(model, wrapped, layout, dtype, make_optimizer(model, optim))
