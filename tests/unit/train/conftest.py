@@ -14,7 +14,8 @@ from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.recipe import Recipe
 from ingot.recipe_io import parse_recipe
-from ingot.train.loop import Rows
+from ingot.train.checkpoint import Checkpoints
+from ingot.train.loop import Rows, fit
 
 VOCABULARY = 97
 
@@ -48,23 +49,35 @@ def random_rows(n: int, seed: int = 1) -> list[Encoded]:
 
 
 @pytest.fixture
-def rows() -> Rows:
-    return Rows(random_rows(60), random_rows(10, seed=2), pad_id=0)
+def row_lists() -> tuple[list[Encoded], list[Encoded]]:
+    """Rows to learn from and to watch."""
+    return random_rows(60), random_rows(10, seed=2)
+
+
+def feed_of(lists: tuple[list[Encoded], list[Encoded]], recipe: Recipe) -> Rows:
+    """What the loop takes, for a recipe."""
+    train, watched = lists
+    return Rows(PlannedFeed(ListRows(train), recipe.data, recipe.train), ListRows(watched), pad_id=0)
+
+
+def single_rank(recipe: Recipe, seed: int = 0) -> Sharded:
+    return parallelize(tiny_llama(seed), Ranks(), recipe, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
 def sharded() -> Sharded:
-    return parallelize(tiny_llama(), Ranks(), recipe().parallel, torch.device("cpu"), torch.float32)
+    return single_rank(recipe())
 
 
 def recipe(**sections: dict) -> Recipe:
     """A recipe for the loop alone; its model and data are never opened."""
     train = {"max_steps": 20, "tokens_per_step": 120, "tokens_per_microbatch": 64, **sections.pop("train", {})}
+    data = {"train": "unused", "max_tokens": 32, "batches": "padded", **sections.pop("data", {})}
     return parse_recipe(
         {
             "name": "loop",
             "model": {"source": "unused"},
-            "data": {"train": "unused", "max_tokens": 32},
+            "data": data,
             "objective": {"task": "language-modeling"},
             "adapter": {"kind": "none"},
             "parallel": {"strategy": "none"},
@@ -83,3 +96,27 @@ def make_recipe():
 @pytest.fixture
 def make_model():
     return tiny_llama
+
+
+@pytest.fixture
+def make_feed():
+    return feed_of
+
+
+@pytest.fixture
+def make_sharded():
+    return single_rank
+
+
+@pytest.fixture
+def curve(tmp_path):
+    """curve(sharded, row_lists, recipe, name="", **options of fit) -> the loss of every step; checkpoints in tmp_path/name."""
+
+    def train(sharded, lists, recipe, name="", **options):
+        losses = []
+        checkpoints = Checkpoints(tmp_path / name, sharded.layout.ranks, "hash", recipe.train.keep_checkpoints)
+        on_step = (*options.pop("on_step", ()), lambda info: losses.append(info.loss))
+        fit(sharded, feed_of(lists, recipe), recipe, checkpoints, on_step=on_step, **options)
+        return losses
+
+    return train

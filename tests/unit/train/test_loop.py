@@ -7,24 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ingot.data.loader import IGNORE, collate, microbatches
+from ingot.data.loader import IGNORE, batches_of, collate
+from ingot.data.plan import Cursor
 from ingot.errors import CheckpointError, IngotError, Interrupted
-from ingot.parallel.apply import parallelize
-from ingot.ranks import Ranks
-from ingot.train.loop import fit, n_targets, plan_steps
+from ingot.parallel.optim import lr_at
+from ingot.train.checkpoint import Checkpoints
+from ingot.train.loop import fit
 from ingot.train.objectives import OBJECTIVES
-from ingot.train.optim import lr_at
 
 
-def curve(sharded, rows, recipe, folder, **options):
-    losses = []
-    fit(sharded, rows, recipe, folder, "hash", on_step=(lambda info: losses.append(info.loss),), **options)
-    return losses
-
-
-def test_equals_a_plain_loop_in_ten_lines(sharded, rows, make_recipe, make_model, tmp_path):
+def test_equals_a_plain_loop_in_ten_lines(sharded, row_lists, make_recipe, make_model, make_feed, curve):
     recipe = make_recipe()
-    losses = curve(sharded, rows, recipe, tmp_path)
+    losses = curve(sharded, row_lists, recipe)
 
     model = make_model()
     decayed = [p for p in model.parameters() if p.ndim >= 2 and p is not model.model.embed_tokens.weight]
@@ -33,8 +27,8 @@ def test_equals_a_plain_loop_in_ten_lines(sharded, rows, make_recipe, make_model
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=3e-3
     )
     expected = []
-    for step, chosen in enumerate(plan_steps([len(row.ids) for row in rows.train], recipe.train)):
-        batch = collate([rows.train[i] for i in chosen], 0)
+    for step, portion in enumerate(make_feed(row_lists, recipe).train.start(Cursor())):
+        batch = collate([row_lists[0][i] for i in portion.indices], 0)
         logits = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels_BT[:, 1:].flatten(), ignore_index=IGNORE)
         loss.backward()
@@ -50,61 +44,72 @@ def test_equals_a_plain_loop_in_ten_lines(sharded, rows, make_recipe, make_model
     assert losses[-1] < losses[0] - 0.1
 
 
-def gradients(sharded, rows, chosen, world, budget, recipe):
+def gradients(sharded, portion, world, budget, recipe, flat=False):
     """The global gradient of one step, cut into `world` ranks and microbatches of `budget` tokens."""
     sharded.plain.zero_grad()
-    lengths = [len(row.ids) for row in rows.train]
-    divisor = n_targets([rows.train[i] for i in chosen])
     for rank in range(world):
-        for part in microbatches(chosen, lengths, rank, world, budget):
-            sharded.backward(
-                OBJECTIVES["language-modeling"](
-                    sharded, collate([rows.train[i] for i in part], 0), divisor, recipe.objective
-                )
-            )
+        for part in batches_of(portion, rank, world, budget, flat=flat, even=False):
+            batch = collate(part, 0, flat=flat)
+            sharded.backward(OBJECTIVES["language-modeling"](sharded, batch, portion.n_targets, recipe.objective))
     return {name: p.grad.clone() for name, p in sharded.plain.named_parameters()}
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["padded", "end to end"])
 @pytest.mark.parametrize(("world", "budget"), [(1, 24), (1, 70), (2, 1000), (3, 50), (4, 24)])
-def test_gradient_does_not_depend_on_how_the_batch_is_cut(sharded, rows, make_recipe, world, budget):
-    chosen = list(range(24))
-    whole = gradients(sharded, rows, chosen, 1, 10_000, make_recipe())
-    parts = gradients(sharded, rows, chosen, world, budget, make_recipe())
+def test_gradient_does_not_depend_on_how_the_batch_is_cut(
+    sharded, row_lists, make_recipe, make_feed, world, budget, flat
+):
+    recipe = make_recipe(train={"tokens_per_step": 400})
+    portion = next(iter(make_feed(row_lists, recipe).train.start(Cursor())))
+    assert len(portion.indices) > 20
+    whole = gradients(sharded, portion, 1, 10_000, recipe)
+    parts = gradients(sharded, portion, world, budget, recipe, flat)
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-6, msg=name)
     assert max(g.abs().max() for g in whole.values()) > 1e-3
 
 
-def test_microbatch_size_changes_no_loss(rows, make_recipe, make_model, tmp_path):
+def test_neither_microbatches_nor_padding_change_a_loss(row_lists, make_recipe, make_sharded, curve):
     curves = []
-    for budget in (32, 1000):
-        recipe = make_recipe(train={"tokens_per_microbatch": budget})
-        sharded = parallelize(make_model(), Ranks(), recipe.parallel, torch.device("cpu"), torch.float32)
-        curves.append(curve(sharded, rows, recipe, tmp_path / str(budget)))
+    for budget, batches in ((32, "padded"), (1000, "padded"), (64, "padding-free")):
+        recipe = make_recipe(train={"tokens_per_microbatch": budget}, data={"batches": batches})
+        curves.append(curve(make_sharded(recipe), row_lists, recipe, f"{budget}{batches}"))
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    assert curves[0] == pytest.approx(curves[2], abs=1e-5)
 
 
-def test_resumed_run_has_the_same_losses(sharded, rows, make_recipe, make_model, tmp_path):
+def test_packed_steps_learn_every_row_in_fewer_steps(row_lists, make_recipe, make_sharded, make_feed, curve):
+    recipe = make_recipe(data={"batches": "packed", "max_tokens": 60}, train={"max_steps": None, "tokens_per_microbatch": 70})
+    padded = make_recipe(train={"max_steps": None})
+    portions = list(make_feed(row_lists, recipe).train.start(Cursor()))
+    assert sorted(index for portion in portions for index in portion.indices) == list(range(60))
+    assert len(portions) < make_feed(row_lists, padded).train.steps
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 4.0})})
+    losses = curve(make_sharded(recipe), row_lists, longer)
+    assert len(losses) == 4 * len(portions)
+    assert losses[-1] < losses[0] - 0.1
+
+
+class Power(Exception):
+    """A failure that nobody expects."""
+
+
+def test_resumed_run_has_the_same_losses(row_lists, make_recipe, make_sharded, curve):
     recipe = make_recipe(train={"checkpoint_every_steps": 5})
-    whole = curve(sharded, rows, recipe, tmp_path / "whole")
-
-    class Power(Exception):
-        pass
+    whole = curve(make_sharded(recipe), row_lists, recipe, "whole")
 
     def cut(info):
         if info.step == 13:
             raise Power
 
-    first = parallelize(make_model(), Ranks(), recipe.parallel, torch.device("cpu"), torch.float32)
     with pytest.raises(Power):
-        fit(first, rows, recipe, tmp_path / "cut", "hash", on_step=(cut,))
-    second = parallelize(make_model(seed=9), Ranks(), recipe.parallel, torch.device("cpu"), torch.float32)
-    resumed = curve(second, rows, recipe, tmp_path / "cut", resume=True)
+        curve(make_sharded(recipe), row_lists, recipe, "cut", on_step=(cut,))
+    resumed = curve(make_sharded(recipe, seed=9), row_lists, recipe, "cut", resume=True)
     assert resumed == whole[10:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_signal_leaves_a_resumable_checkpoint(sharded, rows, make_recipe, make_model, tmp_path, number):
+def test_signal_leaves_a_resumable_checkpoint(row_lists, make_recipe, make_sharded, curve, tmp_path, number):
     recipe = make_recipe()
     before = signal.getsignal(number)
 
@@ -113,20 +118,25 @@ def test_signal_leaves_a_resumable_checkpoint(sharded, rows, make_recipe, make_m
             os.kill(os.getpid(), number)
 
     with pytest.raises(Interrupted) as caught:
-        fit(sharded, rows, recipe, tmp_path, "hash", on_step=(interrupt,))
+        curve(make_sharded(recipe), row_lists, recipe, on_step=(interrupt,))
     assert caught.value.exit_code == 130
     assert signal.getsignal(number) is before
     # The signal came after step 7 was reported, so step 8 is the one that sees it.
     assert (tmp_path / "last").resolve().name == "step-000008"
-    second = parallelize(make_model(seed=9), Ranks(), recipe.parallel, torch.device("cpu"), torch.float32)
-    assert len(curve(second, rows, recipe, tmp_path, resume=True)) == 12
+    assert len(curve(make_sharded(recipe, seed=9), row_lists, recipe, resume=True)) == 12
 
 
-def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(sharded, rows, make_recipe, tmp_path):
+def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(
+    sharded, row_lists, make_recipe, make_feed, tmp_path
+):
     recipe = make_recipe(train={"evaluate_every_steps": 4, "max_steps": 40, "keep_checkpoints": 1}, optim={"lr": 2e-2})
     seen = {}
     fitted = fit(
-        sharded, rows, recipe, tmp_path, "hash", on_step=(lambda info: seen.update({info.step: info.validation_loss}),)
+        sharded,
+        make_feed(row_lists, recipe),
+        recipe,
+        Checkpoints(tmp_path, sharded.layout.ranks, "hash", 1),
+        on_step=(lambda info: seen.update({info.step: info.validation_loss}),),
     )
     measured = {step: loss for step, loss in seen.items() if loss is not None}
     assert list(measured) == list(range(4, 41, 4))
@@ -136,28 +146,19 @@ def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(sharded, row
     assert {path.name for path in tmp_path.glob("step-*")} == {f"step-{best:06d}", "step-000040"}
 
 
-def test_infinite_loss_stops_the_run_and_names_rows(sharded, rows, make_recipe, tmp_path):
+def test_infinite_loss_stops_the_run_and_names_rows(sharded, row_lists, make_recipe, curve):
     with torch.no_grad():
         sharded.plain.lm_head.weight[5] = float("inf")
-    with pytest.raises(IngotError, match=r"step 1: loss .*row:\d+"):
-        curve(sharded, rows, make_recipe(), tmp_path)
+    with pytest.raises(IngotError, match=r"step 1: .*row:\d+"):
+        curve(sharded, row_lists, make_recipe())
 
 
-def test_resume_refuses_another_recipes_checkpoint(sharded, rows, make_recipe, tmp_path):
-    curve(sharded, rows, make_recipe(train={"max_steps": 2}), tmp_path)
+def test_resume_refuses_another_recipes_checkpoint(sharded, row_lists, make_recipe, make_feed, curve, tmp_path):
+    curve(sharded, row_lists, make_recipe(train={"max_steps": 2}))
+    recipe = make_recipe()
     with pytest.raises(CheckpointError, match="another recipe"):
-        fit(sharded, rows, make_recipe(), tmp_path, "other", resume=True)
-
-
-def test_fractions_of_an_epoch(make_recipe):
-    lengths = [10] * 100
-    count = {
-        epochs: len(
-            plan_steps(lengths, make_recipe(train={"max_steps": None, "epochs": epochs, "tokens_per_step": 100}).train)
-        )
-        for epochs in (0.5, 1, 2.3)
-    }
-    assert count == {0.5: 5, 1: 10, 2.3: 23}
+        other = Checkpoints(tmp_path, sharded.layout.ranks, "other", 2)
+        fit(sharded, make_feed(row_lists, recipe), recipe, other, resume=True)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
