@@ -1,9 +1,12 @@
 """A recipe's `parallel` section -> `Sharded`: one list of functions in one visible order."""
 
+from datetime import timedelta
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ingot.parallel import context
 from ingot.parallel.layout import Layout
 from ingot.parallel.optim import make_optimizer
 from ingot.parallel.sharded import Sharded
@@ -24,6 +27,10 @@ def parallelize(model: nn.Module, ranks: Ranks, recipe: Recipe, device: torch.de
     """
     section = recipe.parallel
     layout = Layout(ranks, context=section.context, tensor=section.tensor)
+    if layout.context > 1:
+        context.check(model, layout.context)
+    if layout.context * layout.tensor > 1:
+        layout = layout.connected(device.type, timedelta(minutes=section.timeout_minutes))
     strategy = resolve(STRATEGIES, "parallel.strategy", section.strategy)
     return strategy(model, layout, section, recipe.optim, device, dtype)
 

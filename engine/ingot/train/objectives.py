@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ingot.data.loader import IGNORE, Batch
 from ingot.model.attention import Documents
 from ingot.model.load import logits_of
+from ingot.parallel.context import exchange_of
 from ingot.parallel.sharded import Sharded
 from ingot.recipe import Objective
 
@@ -69,7 +70,7 @@ def inputs_of(batch: Batch, sharded: Sharded) -> dict[str, Any]:
     return {
         "input_ids": cut(batch.ids_BT).to(device),
         "position_ids": cut(batch.positions_BT).to(device),
-        "documents": Documents.of(batch.row_lengths, device),
+        "documents": Documents.of(batch.row_lengths, device, exchange_of(sharded.layout)),
     }
 
 
