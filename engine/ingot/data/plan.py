@@ -3,10 +3,16 @@
 So the same rows meet in the same step on one rank and on eight, and a resumed run goes on with the very row it left.
 """
 
+import math
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ingot.data.packing import best_fit
 from ingot.data.rows import EncodedRows
@@ -16,6 +22,7 @@ WINDOW_STEPS = 50  # group_by_length sorts within this many steps: enough for ev
 PACK_WINDOW_ROWS = 16_384  # packed: rows that are packed together; more fills packs no better and mixes lengths less
 
 Packs = list[list[int]]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -66,65 +73,104 @@ class Feed(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class EpochPlan:
+    """Packs of every optimizer step of an epoch, 8 bytes a row: a million rows are no million objects.
+
+    `rows` [rows]: row indices in order. `pack_ends` [packs]: where each pack ends in `rows`. `step_ends` [steps]: where
+    each step ends among the packs.
+    """
+
+    rows: Ints
+    pack_ends: Ints
+    step_ends: Ints
+
+    def __len__(self) -> int:
+        return len(self.step_ends)
+
+    def __getitem__(self, step: int) -> Packs:
+        """The packs of a step, 0 to `len(self) - 1`."""
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        first, last = int(self.step_ends[step - 1]) if step else 0, int(self.step_ends[step])
+        starts = [int(self.pack_ends[first - 1]) if first else 0, *self.pack_ends[first:last].tolist()]
+        rows = self.rows[starts[0] : starts[-1]].tolist()
+        return [rows[start - starts[0] : end - starts[0]] for start, end in pairwise(starts)]
+
+    def __iter__(self) -> Iterator[Packs]:
+        return (self[step] for step in range(len(self)))
+
+
 class PlannedFeed:
-    """Portions of rows that are all at hand. `sources`: numbers of rows and weights of a mixture's parts."""
+    """Portions of rows that are all at hand. `sources`: numbers of rows and weights of a mixture's parts.
+
+    One epoch's plan is held at a time; how many steps an epoch has is known only once it is planned.
+    """
 
     def __init__(
         self, rows: EncodedRows, data: Data, train: Train, sources: Sequence[tuple[int, float]] | None = None
     ) -> None:
         self.rows, self._data, self._train = rows, data, train
         self._sources = sources or [(len(rows), 1.0)]
-        self._lengths: list[int] = rows.lengths.tolist()
-        self.steps_of_epochs = self._count()
-        self.steps = sum(self.steps_of_epochs)
+        self._held: tuple[int, EpochPlan] | None = None
+        self._counts: dict[int, int] = {}
+        self.steps = train.max_steps or self._steps_of_epochs(train.epochs)
 
-    def epoch(self, epoch: int) -> list[Packs]:
+    def epoch(self, epoch: int) -> EpochPlan:
         """Every optimizer step of a whole epoch."""
-        return plan_epoch(self._lengths, self._data, self._train, epoch, self._sources)
+        if self._held is None or self._held[0] != epoch:
+            self._held = None  # before the next is made: two would be held otherwise
+            self._held = epoch, plan_epoch(self.rows.lengths, self._data, self._train, epoch, self._sources)
+        plan = self._held[1]
+        self._counts[epoch] = len(plan)
+        return plan
 
     def start(self, cursor: Cursor) -> Iterator[Portion]:
-        """Portions from `cursor` on, to the end of the run."""
-        for epoch in range(cursor.epoch, len(self.steps_of_epochs)):
-            position = 0
-            for packs in self.epoch(epoch)[: self.steps_of_epochs[epoch]]:
-                position += len(packs)
-                if epoch > cursor.epoch or position > cursor.position:
-                    yield Portion(self.rows, packs, Cursor(epoch, position))
+        """Portions from `cursor` on, to the end of the run: the last epoch may be cut by `epochs` or `max_steps`."""
+        epoch, done = cursor.epoch, sum(map(self._count, range(cursor.epoch)))
+        while done < self.steps and len(plan := self.epoch(epoch)):
+            position = cursor.position if epoch == cursor.epoch else 0
+            first, last = int(np.searchsorted(plan.step_ends, position, "right")), min(len(plan), self.steps - done)
+            for step in range(first, last):
+                yield Portion(self.rows, plan[step], Cursor(epoch, int(plan.step_ends[step])))
+            epoch, done = epoch + 1, done + last
 
-    def _count(self) -> list[int]:
-        """Steps of each epoch: the last one may be cut by `epochs` or `max_steps`."""
-        train, counts = self._train, []
-        remaining = train.epochs
-        while remaining > 1e-9 if train.max_steps is None else sum(counts) < train.max_steps:
-            n_steps = len(self.epoch(len(counts)))
-            share = 1.0 if train.max_steps is not None else min(1.0, remaining)
-            counts.append(max(1, round(share * n_steps)))
-            remaining -= 1.0
-        if train.max_steps is not None:
-            counts[-1] -= sum(counts) - train.max_steps
-        return counts
+    def _count(self, epoch: int) -> int:
+        return self._counts[epoch] if epoch in self._counts else len(self.epoch(epoch))
+
+    def _steps_of_epochs(self, epochs: float) -> int:
+        n_epochs = math.ceil(epochs - 1e-9)
+        # Backwards, so that the first epoch's plan is at hand when training starts.
+        counts = [self._count(epoch) for epoch in reversed(range(n_epochs))]
+        share = min(1.0, epochs - (n_epochs - 1))
+        return sum(counts[1:]) + max(1, round(share * counts[0]))
 
 
 def plan_epoch(
-    lengths: Sequence[int], data: Data, train: Train, epoch: int, sources: Sequence[tuple[int, float]] | None = None
-) -> list[Packs]:
+    lengths: Sequence[int] | Ints,
+    data: Data,
+    train: Train,
+    epoch: int,
+    sources: Sequence[tuple[int, float]] | None = None,
+) -> EpochPlan:
     """Packs of every optimizer step of `epoch`: each row once, in an order drawn from (`train.seed`, `epoch`).
 
     A step takes packs until the next would exceed `train.tokens_per_step` tokens (padding not counted); a pack that is
     longer by itself is a step by itself. With several `sources` (numbers of rows, weights) see `mixed_order`.
     """
+    sizes = np.asarray(lengths, dtype=np.int64)
     draw = random.Random(f"{train.seed} {epoch}")
-    order = mixed_order(sources or [(len(lengths), 1.0)], train.seed, epoch, draw)
+    rows = np.array(mixed_order(sources or [(len(sizes), 1.0)], train.seed, epoch, draw), dtype=np.int64)
     if data.batches == "packed":
-        packs = _packs(order, lengths, data.pack_tokens or data.max_tokens, draw)
-    elif train.group_by_length:
-        packs = [[row] for row in _grouped(order, lengths, train.tokens_per_step)]
-    else:
-        packs = [[row] for row in order]
-    steps = _filled(packs, [sum(lengths[row] for row in pack) for pack in packs], train.tokens_per_step)
-    if train.group_by_length and data.batches != "packed":
-        draw.shuffle(steps)
-    return steps
+        rows, pack_ends = _packed(rows, sizes, data.pack_tokens or data.max_tokens, draw)
+        filled = np.diff(np.cumsum(sizes[rows])[pack_ends - 1], prepend=0)
+        return EpochPlan(rows, pack_ends, _cut(filled, train.tokens_per_step))
+    if train.group_by_length:
+        rows = _grouped(rows, sizes, train.tokens_per_step)
+    step_ends = _cut(sizes[rows], train.tokens_per_step)
+    if train.group_by_length:
+        rows, step_ends = _shuffled(rows, step_ends, draw)
+    return EpochPlan(rows, np.arange(1, len(rows) + 1), step_ends)
 
 
 def mixed_order(sources: Sequence[tuple[int, float]], seed: int, epoch: int, draw: random.Random) -> list[int]:
@@ -158,34 +204,46 @@ def _round_robin(size: int, first: int, wanted: int, seed: str) -> list[int]:
     return found
 
 
-def _grouped(order: Sequence[int], lengths: Sequence[int], tokens_per_step: int) -> list[int]:
+def _grouped(order: Ints, lengths: Ints, tokens_per_step: int) -> Ints:
     """`order` with rows of similar length near each other."""
-    grouped: list[int] = []
-    windows = _filled([[row] for row in order], [lengths[row] for row in order], WINDOW_STEPS * tokens_per_step)
-    for number, window in enumerate(windows):
-        rows = [row for [row] in window]
+    grouped = order.copy()
+    start = 0
+    for number, end in enumerate(_cut(lengths[order], WINDOW_STEPS * tokens_per_step).tolist()):
+        window = order[start:end]
         # Up and down in turn, so that the step on the seam of two windows is even too.
-        grouped += sorted(rows, key=lambda row: lengths[row], reverse=number % 2 == 1)
+        keys = -lengths[window] if number % 2 else lengths[window]
+        grouped[start:end] = window[np.argsort(keys, kind="stable")]
+        start = end
     return grouped
 
 
-def _packs(order: Sequence[int], lengths: Sequence[int], capacity: int, draw: random.Random) -> Packs:
-    packs: Packs = []
+def _packed(order: Ints, lengths: Ints, capacity: int, draw: random.Random) -> tuple[Ints, Ints]:
+    """Best-fit packs of `order` in random order: their rows one after the other, and where each pack ends."""
+    rows, sizes = [order[:0]], [order[:0]]
     for start in range(0, len(order), PACK_WINDOW_ROWS):
         window = order[start : start + PACK_WINDOW_ROWS]
-        packs += [[window[i] for i in found] for found in best_fit([lengths[row] for row in window], capacity)]
-    draw.shuffle(packs)  # best-fit leaves them sorted by length
-    return packs
+        packs = best_fit(lengths[window].tolist(), capacity)
+        rows.append(window[np.fromiter(chain.from_iterable(packs), np.int64, len(window))])
+        sizes.append(np.array([len(pack) for pack in packs], dtype=np.int64))
+    return _shuffled(np.concatenate(rows), np.cumsum(np.concatenate(sizes)), draw)  # best-fit sorts them by length
 
 
-def _filled(packs: Packs, sizes: Sequence[int], tokens: int) -> list[Packs]:
-    """Cut `packs` into stretches of at most `tokens` tokens each, at least one pack each."""
-    stretches: list[Packs] = []
-    used = 0
-    for pack, size in zip(packs, sizes, strict=True):
-        if not stretches or used + size > tokens:
-            stretches.append([])
-            used = 0
-        stretches[-1].append(pack)
-        used += size
-    return stretches
+def _shuffled(rows: Ints, ends: Ints, draw: random.Random) -> tuple[Ints, Ints]:
+    """Stretches of `rows` that end at `ends`, in an order drawn from `draw`."""
+    order = list(range(len(ends)))
+    draw.shuffle(order)
+    starts, stops = np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist()
+    parts = [rows[starts[number] : stops[number]] for number in order]
+    return np.concatenate([rows[:0], *parts]), np.cumsum(np.diff(ends, prepend=0)[order], dtype=np.int64)
+
+
+def _cut(sizes: Ints, tokens: int) -> Ints:
+    """Ends of stretches of at most `tokens` tokens each, at least one of `sizes` each."""
+    totals: list[int] = [0, *np.cumsum(sizes).tolist()]
+    ends: list[int] = []
+    start = 0
+    while start < len(sizes):
+        # The last place where the sum since `start` is still small enough.
+        start = max(start + 1, bisect_right(totals, totals[start] + tokens, start + 1) - 1)
+        ends.append(start)
+    return np.array(ends, dtype=np.int64)
