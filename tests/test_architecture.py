@@ -19,7 +19,7 @@ MAX_LINES = 400
 FLOORS = {
     "errors": 0, "registry": 0,
     "recipe": 1, "recipe_errors": 1, "recipe_io": 1,
-    "ranks": 2, "track": 2, "progress": 2, "catalog": 2, "data": 2, "model": 2, "parallel": 2,
+    "launch": 2, "ranks": 2, "track": 2, "progress": 2, "catalog": 2, "data": 2, "model": 2, "parallel": 2,
     "train": 3, "evaluation": 3,
     "packaging": 4, "serving": 4,
     "runfolder": 5, "stages": 5, "verbs": 5,
@@ -30,7 +30,7 @@ NEIGHBOURS = {
     ("registry", "errors"),
     ("recipe_errors", "recipe"), ("recipe_io", "recipe"), ("recipe_io", "recipe_errors"),
     ("stages", "runfolder"), ("verbs", "runfolder"), ("verbs", "stages"),
-    ("__main__", "cli"), ("model", "catalog"), ("parallel", "ranks"), ("parallel", "model"),
+    ("__main__", "cli"), ("model", "catalog"), ("ranks", "launch"), ("parallel", "ranks"), ("parallel", "model"),
 }  # fmt: skip
 # A third-party package -> the only files or folders that may import it.
 DOORS = {

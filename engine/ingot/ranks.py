@@ -1,9 +1,8 @@
-"""Who am I among the ranks: a value read from the launcher's environment, and the process group behind it."""
+"""The ranks of this job: who am I among them, this rank's device, the process group behind them."""
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -11,60 +10,107 @@ import torch
 import torch.distributed as dist
 
 from ingot.errors import IngotError
+from ingot.launch.detect import detect
+from ingot.launch.value import Ranks
 from ingot.recipe import Parallel
+
+__all__ = ["Ranks", "all_reduce_sum", "broadcast", "on_main", "pick_device", "process_group", "read_ranks"]
 
 Value = TypeVar("Value")
 
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among `world` processes; `local` counts within its node."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-    local_world: int = 1
-
-    @property
-    def main(self) -> bool:
-        """True on the one rank that writes files and prints."""
-        return self.rank == 0
+# A hang is told by parallel/heartbeat.py with the rank's name; the collective's own end comes behind it.
+BACKSTOP_SHARE, BACKSTOP_S = 1.5, 60.0
 
 
 def read_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
-    """Read torchrun's variables; without them this is the only rank. Half a set of variables is an error."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    present = [name for name in names if name in env]
-    if not present:
-        return Ranks()
-    if "RANK" not in env or "WORLD_SIZE" not in env:
-        raise IngotError(f"the environment has {', '.join(present)} but not RANK and WORLD_SIZE: launch with torchrun")
-    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-    if not 0 <= rank < world:
-        raise IngotError(f"the environment has RANK={rank}, outside WORLD_SIZE={world}: launch with torchrun")
-    return Ranks(rank, world, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world)))
+    """Who am I, by the launcher's variables: torchrun, Azure ML, Slurm or MPI; without any, the only rank.
+
+    Raises IngotError for half a set of variables and for launchers that contradict each other.
+    """
+    return detect(env)
 
 
 def pick_device(ranks: Ranks) -> torch.device:
-    """One GPU a local rank when there are GPUs, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", ranks.local)
-    return torch.device("cpu")
+    """One GPU a local rank when there are GPUs, else the CPU. Raises IngotError for more ranks than GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if gpus == 1 and ranks.launcher in ("slurm", "mpi"):
+        return torch.device("cuda", 0)  # --gpus-per-task=1: every task sees its own GPU, and all call it 0
+    if ranks.local >= gpus:
+        raise IngotError(
+            f"this node has {ranks.local_world} ranks and {gpus} GPUs (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start as many ranks a node as it has GPUs"
+        )
+    return torch.device("cuda", ranks.local)
+
+
+def idle_gpus(ranks: Ranks) -> str | None:
+    """What to tell the user when GPUs of this node have no rank."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus <= ranks.local_world:
+        return None
+    return f"{gpus} GPUs are here and {ranks.local_world} is used; torchrun --nproc-per-node {gpus} uses all"
 
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, section: Parallel, device: torch.device) -> Iterator[None]:
-    """Bring the process group up for several ranks and take it down again; one rank needs none."""
+    """Bring the process group up for several ranks and take it down again; one rank needs none.
+
+    Raises IngotError when not all ranks come in time.
+    """
     if ranks.world == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(section.backend, timeout=timedelta(minutes=section.timeout_minutes))
+    with _exported(ranks):
+        _meet(ranks, section)
+        try:
+            yield
+        except BaseException:
+            # NCCL's own end waits for the others, who are stuck or gone. gloo's does not.
+            if dist.is_initialized() and section.backend == "gloo":
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
+
+
+def _meet(ranks: Ranks, section: Parallel) -> None:
+    """Wait for all ranks; then give collectives the time that they may take."""
+    minutes = section.timeout_minutes
+    where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    try:
+        dist.init_process_group(
+            section.backend,
+            timeout=timedelta(seconds=max(minutes * 60 * BACKSTOP_SHARE, minutes * 60 + BACKSTOP_S)),
+        )
+    except dist.DistError as error:
+        raise IngotError(
+            f"rank {ranks.rank} of {ranks.world} ({ranks.launcher}) did not meet the others at {where}: "
+            f"{str(error).splitlines()[0]}. Were all {ranks.world} ranks started, and can every node reach "
+            f"{where}? Set MASTER_ADDR and MASTER_PORT to a host and a port that it can"
+        ) from error
+
+
+@contextlib.contextmanager
+def _exported(ranks: Ranks) -> Iterator[None]:
+    """torch.distributed's variables for launchers that set others: transformers and deepspeed read them too."""
+    wanted = {
+        "RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.world),
+        "LOCAL_RANK": str(ranks.local),
+        "LOCAL_WORLD_SIZE": str(ranks.local_world),
+        "MASTER_ADDR": ranks.master or "127.0.0.1",
+        "MASTER_PORT": str(ranks.port or 29_500),
+    }
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
