@@ -360,6 +360,19 @@ class Recipe(Section):
                 f"train.tokens_per_microbatch = {train.tokens_per_microbatch} cannot hold one row of data.max_tokens = "
                 f"{data.max_tokens} tokens; raise the first or lower the second"
             )
+        pack = data.pack_tokens or data.max_tokens
+        if data.pack_tokens is not None and data.batches != "packed":
+            raise ValueError(f"data.pack_tokens is for data.batches: packed, and that is {data.batches}; remove it")
+        if data.batches == "packed" and not data.max_tokens <= pack <= min(
+            train.tokens_per_microbatch, train.tokens_per_step
+        ):
+            raise ValueError(
+                f"data.pack_tokens = {pack} must lie between data.max_tokens = {data.max_tokens} and both "
+                f"train.tokens_per_microbatch = {train.tokens_per_microbatch} and train.tokens_per_step = "
+                f"{train.tokens_per_step}"
+            )
+        if data.batches == "packed" and train.group_by_length:
+            raise ValueError("train.group_by_length evens out padding, and packed batches have none; remove it")
         if self.evaluate.merge_references and self.objective.task != "text-generation":
             raise ValueError(
                 f"evaluate.merge_references is for text-generation, and objective.task is {self.objective.task}; "

@@ -3,7 +3,7 @@
     B rows of a microbatch, T tokens of its longest row (padded) or of all its rows (end to end: B is 1)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,18 +45,19 @@ def batches_of(
     A rank without any gets one muted row, so that it takes part in what ranks do together. `even`: every rank gets as
     many microbatches as the busiest.
     """
-    lengths = portion.rows.lengths
+    indices = portion.indices
+    lengths = dict(zip(indices, portion.rows.lengths[indices].tolist(), strict=True))
     shares = [microbatches(portion.packs, lengths, other, world, tokens_per_microbatch, flat) for other in range(world)]
     wanted = max(map(len, shares)) if even else 1
     batches = [[portion.rows[index] for index in part] for part in shares[rank]]
     if len(batches) < wanted:
-        shortest = portion.rows[min(portion.indices, key=lambda index: (lengths[index], index))]
+        shortest = portion.rows[min(indices, key=lambda index: (lengths[index], index))]
         batches += [[_muted(shortest)] for _ in range(wanted - len(batches))]
     return batches
 
 
 def microbatches(
-    packs: Packs, lengths: Sequence[int], rank: int, world: int, tokens_per_microbatch: int, flat: bool
+    packs: Packs, lengths: Sequence[int] | Mapping[int, int], rank: int, world: int, tokens_per_microbatch: int, flat: bool
 ) -> list[list[int]]:
     """The share of `rank` in a step as microbatches of at most `tokens_per_microbatch` tokens: rows x longest when
     padded, their sum when laid end to end (`flat`).

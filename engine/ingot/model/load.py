@@ -19,6 +19,7 @@ from transformers import (
 from ingot.errors import ModelError
 from ingot.model import attention
 from ingot.model.pooling import MeanPoolClassifier
+from ingot.model.quantize import QuantizedLinear
 from ingot.model.source import model_folder
 from ingot.recipe import Model, Task
 
@@ -151,9 +152,12 @@ def _load_classifier(
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Return (trainable, all) numbers of parameters; tied weights count once."""
-    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
-    return sum(n for trainable, n in sizes if trainable), sum(n for _, n in sizes)
+    """Return (trainable, all) numbers of weights; tied ones count once, quantized ones as what they stand for."""
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    held = {id(part) for module in quantized for name, part in module.named_parameters() if name != "bias"}
+    sizes = [(p.requires_grad, p.numel()) for p in model.parameters() if id(p) not in held]
+    total = sum(n for _, n in sizes) + sum(module.in_features * module.out_features for module in quantized)
+    return sum(n for trainable, n in sizes if trainable), total
 
 
 def pad_id(tokenizer: Tokenizer) -> int:

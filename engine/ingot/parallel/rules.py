@@ -1,22 +1,158 @@
-"""Which settings go together: one table that turns recipes away, writes the support matrix and lists what tests train."""
+"""Which settings go together: one table that turns recipes away, writes the support matrix, lists what tests train."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 
 from ingot.errors import RecipeError
 from ingot.ranks import Ranks
 from ingot.recipe import Recipe
 
+STRATEGIES = ("none", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+ZERO = ("zero1", "zero2", "zero3")
+LINES = ("padding-free", "packed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A combination of settings, named as in the recipe; `world` ranks in all."""
+
+    strategy: str = "none"
+    adapter: str = "lora"
+    quantization: str = "none"
+    batches: str = "padding-free"
+    offload: str = "none"
+    context: int = 1
+    tensor: int = 1
+    task: str = "chat-completion"
+    world: int = 2
+    shard_ranks: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What differs from the plainest cell, as a test id."""
+        parts = [self.strategy, self.adapter if self.adapter == "lora" else "full", self.quantization, self.batches]
+        parts += [f"offload-{self.offload}"] if self.offload != "none" else []
+        parts += [f"context{self.context}"] if self.context > 1 else []
+        parts += [f"tensor{self.tensor}"] if self.tensor > 1 else []
+        return " ".join(part for part in parts if part != "none" or part is self.strategy)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken` says which cells cannot be; `field` is what to change, and `because` why and to what."""
+
+    field: str
+    broken: Callable[[Cell], bool]
+    because: str
+
+
+RULES = (
+    Rule(
+        "parallel.strategy",
+        lambda c: c.strategy == "none" and c.world > c.context * c.tensor,
+        "several ranks would train several different models; use auto or ddp",
+    ),
+    Rule(
+        "parallel.strategy",
+        lambda c: c.strategy in ("ddp", "fsdp", "hsdp") and c.world == 1,
+        "there is only one rank; launch with torchrun --nproc-per-node N, or use auto",
+    ),
+    Rule(
+        "parallel.context",
+        lambda c: c.world % (c.context * c.tensor) != 0,
+        "context x tensor must divide the number of ranks",
+    ),
+    Rule(
+        "parallel.shard_ranks",
+        lambda c: c.shard_ranks is not None and c.strategy != "hsdp",
+        "only hsdp cuts one copy among some of the ranks; remove it, or use parallel.strategy=hsdp",
+    ),
+    Rule(
+        "parallel.shard_ranks",
+        lambda c: c.shard_ranks is not None and c.world % c.shard_ranks != 0,
+        "must divide the number of ranks",
+    ),
+    Rule(
+        "quantization.kind",
+        lambda c: c.quantization != "none" and c.adapter == "none",
+        "a quantized weight cannot be trained, only an adapter over it; use adapter.kind=lora",
+    ),
+    Rule(
+        "parallel.offload",
+        lambda c: c.offload == "optimizer" and c.strategy not in ZERO,
+        "only zero1, zero2 and zero3 keep the optimizer alone in CPU memory; use one of them, or offload=parameters "
+        "with fsdp",
+    ),
+    Rule(
+        "parallel.offload",
+        lambda c: c.offload == "parameters" and c.strategy not in ("zero3", "fsdp"),
+        "only zero3 and fsdp cut parameters and can keep them in CPU memory; use one of them",
+    ),
+    Rule(
+        "parallel.context",
+        lambda c: c.context > 1 and c.batches not in LINES,
+        "ranks can only share a line of tokens; use data.batches=padding-free or packed",
+    ),
+    Rule(
+        "parallel.context",
+        lambda c: c.context > 1 and c.task == "text-classification",
+        "a class is read from a whole row, which no rank would hold; use context=1 (rows are short enough)",
+    ),
+    Rule(
+        "data.batches",
+        lambda c: c.batches == "packed" and c.task == "text-classification",
+        "packs fill up steps of many tokens, and classes are counted in rows; use padding-free",
+    ),
+)
+
+
+def cell_of(recipe: Recipe, ranks: Ranks) -> Cell:
+    """The combination that a resolved recipe asks for."""
+    section = recipe.parallel
+    return Cell(
+        section.strategy,
+        recipe.adapter.kind,
+        recipe.quantization.kind,
+        recipe.data.batches,
+        section.offload,
+        section.context,
+        section.tensor,
+        recipe.objective.task,
+        ranks.world,
+        section.shard_ranks,
+    )
+
+
+def broken(cell: Cell) -> Rule | None:
+    """The first rule that `cell` breaks."""
+    return next((rule for rule in RULES if rule.broken(cell)), None)
+
 
 def check(recipe: Recipe, ranks: Ranks) -> None:
     """Raise RecipeError for a combination that cannot work, with the reason and the way out."""
-    strategy = recipe.parallel.strategy
-    if ranks.world == 1 and strategy == "ddp":
-        raise RecipeError(
-            "parallel.strategy",
-            "ddp",
-            "there is only one rank; launch with torchrun --nproc-per-node N, or use auto",
-        )
-    if ranks.world > 1 and strategy == "none":
-        raise RecipeError(
-            "parallel.strategy",
-            "none",
-            f"{ranks.world} ranks would train {ranks.world} different models; use auto or ddp",
-        )
+    rule = broken(cell_of(recipe, ranks))
+    if rule is None:
+        return
+    section, name = rule.field.split(".")
+    raise RecipeError(rule.field, getattr(getattr(recipe, section), name), f"{rule.because} ({ranks.world} ranks)")
+
+
+def cells(**fixed: int | str) -> Iterator[Cell]:
+    """Every allowed combination on two ranks (on one for `none`); `fixed` settings take only the given value."""
+    sizes = (1, 2)
+    choices = product(
+        STRATEGIES,
+        ("lora", "none"),
+        ("none", "nf4", "int8"),
+        ("padded", *LINES),
+        ("none", "optimizer", "parameters"),
+        sizes,
+        sizes,
+    )
+    for choice in choices:
+        cell = Cell(*choice)
+        if cell.strategy == "none" and cell.context == cell.tensor == 1:
+            cell = replace(cell, world=1)
+        if broken(cell) is None and all(getattr(cell, name) == value for name, value in fixed.items()):
+            yield cell

@@ -93,7 +93,7 @@ def fit(
     watch_every, save_every = _intervals(rows.train, recipe)
     meter = meter or Meter()
     step = _Step(sharded, rows.pad_id, recipe, meter, notify)
-    with _stop_signals() as stopped:
+    with _stop_signals() as stopped, checkpoints:
         for portion, batches in ahead(rows.train.start(state.cursor), step.batches):
             if state.step == n_steps:
                 break
@@ -105,7 +105,7 @@ def fit(
             if failed:
                 checkpoints.wait()
             applied = math.isfinite(norm)
-            recent = [*state.recent_losses, loss][-RECENT_STEPS:] if applied else state.recent_losses
+            recent = (*state.recent_losses, loss)[-RECENT_STEPS:] if applied else state.recent_losses
             state = replace(
                 state,
                 step=state.step + 1,
