@@ -4,7 +4,7 @@ get other rows.
 
 # B rows, T tokens of a line, t tokens of this rank's part of it
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -23,7 +23,7 @@ class Layout:
     `grid` and `context_group` are there after `connected`.
     """
 
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
     context: int = 1
     tensor: int = 1
     grid: DeviceMesh | None = None

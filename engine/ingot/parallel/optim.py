@@ -1,6 +1,7 @@
 """AdamW and its learning-rate schedule."""
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -13,17 +14,16 @@ from ingot.recipe import Optim
 def make_optimizer(model: nn.Module, section: Optim) -> torch.optim.AdamW:
     """AdamW over everything trainable; only matrices that are no embeddings are decayed."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    # A fused update takes plain tensors, or DTensors of one mesh.
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = defaultdict(list)
     for _, parameter in trainable_tensors(model):
-        (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": section.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        groups[decays, getattr(parameter, "device_mesh", None)].append(parameter)
+    described = [
+        {"params": found, "weight_decay": section.weight_decay if decays else 0.0}
+        for (decays, _), found in groups.items()
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=section.lr, betas=section.betas, eps=section.eps, fused=True
-    )
+    return torch.optim.AdamW(described, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
 
 
 def lr_at(step: int, steps: int, section: Optim) -> float:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ingot.model.adapters import trainable_tensors
 from ingot.parallel.layout import Layout
+from ingot.parallel.norm import clip
 
 MODEL, OPTIMIZER = "model/", "optimizer/"  # how names in `state` begin
 
@@ -23,10 +23,12 @@ class Sharded:
     """A model and its optimizer spread over ranks.
 
     `plain` is the model itself; `wrapped` is what forward calls. `even`: every rank must run as many forward passes as
-    every other, with gradients or without, because parameters travel in them.
+    every other, with gradients or without, because parameters travel in them. `whole`: this rank's `plain` holds whole
+    tensors; otherwise the model is built anew from a checkpoint when it is exported.
     """
 
     even = False
+    whole = True
 
     def __init__(
         self,
@@ -70,9 +72,8 @@ class Sharded:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        gradients = [p for _, p in trainable_tensors(self.plain) if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(gradients, math.inf if limit is None else limit, foreach=True)
-        found = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        gradients = [p.grad for _, p in trainable_tensors(self.plain) if p.grad is not None]
+        found = clip(gradients, math.inf if limit is None else limit)
         if math.isfinite(found):
             self.optimizer.step()
         self.drop()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ingot.parallel import context
+from ingot.parallel import context, tensor
 from ingot.parallel.layout import Layout
 from ingot.parallel.optim import make_optimizer
 from ingot.parallel.sharded import Sharded
@@ -17,6 +17,11 @@ from ingot.registry import resolve
 STRATEGIES = {
     "none": "ingot.parallel.strategies:single",
     "ddp": "ingot.parallel.strategies:replicate",
+    "fsdp": "ingot.parallel.fsdp:shard",
+    "hsdp": "ingot.parallel.fsdp:shard",
+    "zero1": "ingot.parallel.zero:stage1",
+    "zero2": "ingot.parallel.zero:stage2",
+    "zero3": "ingot.parallel.zero:stage3",
 }
 
 
@@ -31,6 +36,8 @@ def parallelize(model: nn.Module, ranks: Ranks, recipe: Recipe, device: torch.de
         context.check(model, layout.context)
     if layout.context * layout.tensor > 1:
         layout = layout.connected(device.type, timedelta(minutes=section.timeout_minutes))
+    if layout.tensor > 1:
+        tensor.cut(model, layout)
     strategy = resolve(STRATEGIES, "parallel.strategy", section.strategy)
     return strategy(model, layout, section, recipe.optim, device, dtype)
 
@@ -38,7 +45,9 @@ def parallelize(model: nn.Module, ranks: Ranks, recipe: Recipe, device: torch.de
 def single(
     model: nn.Module, layout: Layout, section: Parallel, optim: Optim, device: torch.device, dtype: torch.dtype
 ) -> Sharded:
-    """One rank: the model as it is."""
+    """One rank, or one group of ranks that share a line or a matrix: the model as it is."""
+    if layout.ranks.world > 1:
+        return replicate(model, layout, section, optim, device, dtype)
     model.to(device)
     return Sharded(model, model, layout, dtype, make_optimizer(model, optim))
 
@@ -48,6 +57,8 @@ def replicate(
 ) -> Sharded:
     """Every rank holds everything; gradients are averaged while the backward pass runs."""
     model.to(device)
+    if layout.tensor > 1:
+        return tensor.TensorSharded(model, model, layout, dtype, make_optimizer(model, optim))
     devices = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     return Sharded(model, wrapped, layout, dtype, make_optimizer(model, optim))
