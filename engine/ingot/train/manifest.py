@@ -56,7 +56,7 @@ def read(folder: Path) -> dict[str, Any]:
         expected = content.pop("sha256")
     except OSError as error:
         raise CheckpointError(f"{NAME}: {error.strerror}") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{NAME} is not what was written") from error
     if expected != _own_hash(content):
         raise CheckpointError(f"{NAME} is not what was written: its SHA-256 differs")
