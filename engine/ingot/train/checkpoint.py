@@ -5,6 +5,7 @@ Randomness needs no state: dropout is seeded from (seed, step, rank) and row ord
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -40,6 +41,7 @@ class Progress:
     tokens: int = 0
     cursor: Cursor = field(default_factory=Cursor)
     skipped: int = 0
+    spikes: int = 0
     recent_losses: tuple[float, ...] = ()
     validation_loss: float | None = None
     best_step: int | None = None
@@ -243,9 +245,11 @@ class Checkpoints:
             if self.ranks.main:
                 shutil.rmtree(partial, ignore_errors=True)
             good = f"the last good one is {self.last.resolve()}" if self.last.exists() else "there is no earlier one"
+            reason = _reason(error)
+            full = any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT))
             self._error = CheckpointError(
-                f"checkpoint {name} could not be written to {self.folder} ({_reason(error)}); {good}. "
-                "Free some disk, then --resume"
+                f"checkpoint {name} could not be written to {self.folder} ({reason}); {good}. "
+                f"{'Free some disk' if full else 'Mend that'}, then --resume"
             )
 
     def _publish(self, partial: Path, name: str, progress: Progress, files: dict[str, manifest.Entry]) -> None:
@@ -286,7 +290,10 @@ class Checkpoints:
         found: list[Any] = [(value, problem)]
         if self._group is not None:
             found = [None] * self.ranks.world
-            dist.all_gather_object(found, (value, problem), group=self._group)
+            try:
+                dist.all_gather_object(found, (value, problem), group=self._group)
+            except RuntimeError as error:
+                raise _RankFailed("another rank ended meanwhile") from error
         problems = [text for _, text in found if text]
         if problems:
             raise _RankFailed("; ".join(problems))
