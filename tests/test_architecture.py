@@ -30,7 +30,7 @@ NEIGHBOURS = {
     ("registry", "errors"),
     ("recipe_errors", "recipe"), ("recipe_io", "recipe"), ("recipe_io", "recipe_errors"),
     ("stages", "runfolder"), ("verbs", "runfolder"), ("verbs", "stages"),
-    ("__main__", "cli"), ("model", "catalog"), ("ranks", "launch"), ("parallel", "ranks"), ("parallel", "model"),
+    ("__main__", "cli"), ("model", "catalog"), ("ranks", "launch"), ("parallel", "launch"), ("parallel", "ranks"), ("parallel", "model"),
 }  # fmt: skip
 # A third-party package -> the only files or folders that may import it.
 DOORS = {
@@ -38,8 +38,8 @@ DOORS = {
     "peft": ("model/",),
     "bitsandbytes": ("model/",),
     "huggingface_hub": ("model/",),
-    "datasets": ("data/sources.py",),
-    "pyarrow": ("data/sources.py",),
+    "datasets": ("data/hub.py",),
+    "pyarrow": ("data/sources.py", "data/table.py"),
     "mlflow": ("track.py", "packaging/"),
     "fastapi": ("serving/",),
     "starlette": ("serving/",),

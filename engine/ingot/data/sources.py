@@ -1,4 +1,4 @@
-"""Rows out of files, generated sets and Hugging Face data sets. The one owner of the package `datasets`.
+"""Rows out of files, generated sets and Hugging Face data sets (`hub.py`).
 
 Every row knows where it stands (`file:line`, or `file#row` where lines mean nothing), so that a message can send
 the reader there. A row that cannot be read is a `BadRow` in the stream; a file that cannot be read is a `DataError`.
@@ -8,21 +8,19 @@ import csv
 import difflib
 import glob
 import gzip
+import hashlib
 import json
-import os
 import re
-import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import urlparse
 
+from ingot.data import hub
 from ingot.errors import DataError, MissingPackage
 from ingot.recipe import Source
-from ingot.registry import nearest
 
 EXTENSIONS: dict[str, str] = {
     ".jsonl": "jsonl",
@@ -35,8 +33,6 @@ EXTENSIONS: dict[str, str] = {
     ".txt": "text",
 }
 GENERATED = "ingot://"
-HUB = "hf://datasets/"
-CONNECT_TIMEOUT_SECONDS = 5.0
 # Undecodable bytes are read as lone surrogates (PEP 383), so that one bad line does not hide the good ones after it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -57,20 +53,22 @@ class BadRow:
     reason: str
 
 
-def read_rows(source: Source, folder: Path, field: str = "data.train") -> Iterator[Row | BadRow]:
+def read_rows(
+    source: Source, folder: Path, field: str = "data.train", *, streaming: bool = False
+) -> Iterator[Row | BadRow]:
     """Yield the rows of `source` in file order. Relative paths start at `folder`; `field` is named in errors.
 
-    Raises `DataError` for a file, folder or data set that is missing, of unknown format or unreadable as a whole.
+    Rows are read as they are asked for, except those of a `.json` file. `streaming`: a data set of the hub is not
+    downloaded first. Raises `DataError` for a file, folder or data set that is missing, of unknown format or unreadable
+    as a whole.
     """
-    if source.format == "generated" or source.uri.startswith(GENERATED):
+    if _is_generated(source):
         yield from _generated(source, field)
         return
-    if source.uri.startswith(HUB):
-        yield from _hub(source, field)
-        return
-    target = folder / source.uri
-    if _is_saved_dataset(target):
-        yield from _saved_dataset(target, source, field)
+    if hub.is_dataset(source, folder):
+        rows, name = hub.open_split(source, folder, field, streaming=streaming)
+        for number, values in enumerate(rows):
+            yield Row(dict(values), f"{name}#{number}")
         return
     for path in _files(source, folder, field):
         name = _shown(path, folder)
@@ -82,6 +80,41 @@ def read_rows(source: Source, folder: Path, field: str = "data.train") -> Iterat
             yield from _READERS[file_format](path, name, field)
         except (OSError, EOFError) as error:  # gzip raises both; a vanished or forbidden file raises OSError
             raise DataError(f"{field}.uri", source.uri, f"cannot be read: {error}", where=name) from error
+
+
+def fingerprint(source: Source, folder: Path, field: str) -> list[str]:
+    """What decides the rows of `source`: names and SHA-256 of files, the fingerprint of a Hugging Face data set, or the
+    name of a generated one (which this package's code decides). Raises what `read_rows` raises.
+    """
+    settings = [f"format {source.format}", f"split {source.split}", f"config {source.config}"]
+    if _is_generated(source):
+        return [*settings, f"generated {source.uri}"]
+    if hub.is_dataset(source, folder):
+        rows, name = hub.open_split(source, folder, field)
+        return [*settings, f"{name} {rows._fingerprint}"]
+    paths = _files(source, folder, field)
+    if source.pair is not None and (folder / source.pair).is_file():
+        paths.append(folder / source.pair)
+    try:
+        return [*settings, *(f"{_shown(path, folder)} {file_sha256(path)}" for path in paths)]
+    except OSError as error:
+        raise DataError(f"{field}.uri", source.uri, f"cannot be read: {error}") from error
+
+
+def require_lazy(source: Source, folder: Path, field: str) -> None:
+    """Raise `DataError` when `source` holds a file that can only be read as a whole."""
+    if _is_generated(source) or hub.is_dataset(source, folder):
+        return
+    for path in _files(source, folder, field):
+        if _format_of(path, source, field) == "json":
+            fix = "is one JSON value, which cannot be read row by row; write one object a line (.jsonl)"
+            raise DataError(f"{field}.uri", source.uri, fix, where=_shown(path, folder))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def has_broken_characters(text: str) -> bool:
@@ -131,7 +164,9 @@ def _extension(path: Path) -> str:
 def _format_of(path: Path, source: Source, field: str) -> str:
     if source.format != "auto":
         if source.format == "hf":
-            raise DataError(f"{field}.uri", source.uri, f"format hf needs {HUB}ID or a folder saved by save_to_disk")
+            raise DataError(
+                f"{field}.uri", source.uri, f"format hf needs {hub.HUB}ID or a folder saved by save_to_disk"
+            )
         return source.format
     if source.pair is not None:
         return "text-pair"
@@ -316,7 +351,11 @@ _READERS: dict[str, Callable[[Path, str, str], Iterator[Row | BadRow]]] = {
     "text": _text,
 }
 
-# --- generated and Hugging Face sets ---------------------------------------------------------------------------
+# --- generated sets --------------------------------------------------------------------------------------------
+
+
+def _is_generated(source: Source) -> bool:
+    return source.format == "generated" or source.uri.startswith(GENERATED)
 
 
 def _generated(source: Source, field: str) -> Iterator[Row]:
@@ -325,69 +364,3 @@ def _generated(source: Source, field: str) -> Iterator[Row]:
     name = source.uri.removeprefix(GENERATED)
     for number, values in enumerate(generate(name, source.split)):
         yield Row(values, f"{GENERATED}{name}#{number}")
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingPackage("datasets", "reading Hugging Face data sets") from error
-    return datasets
-
-
-def _is_saved_dataset(target: Path) -> bool:
-    return (target / "dataset_dict.json").is_file() or (target / "state.json").is_file()
-
-
-def _saved_dataset(target: Path, source: Source, field: str) -> Iterator[Row]:
-    loaded = _datasets().load_from_disk(str(target))
-    yield from _split_rows(loaded, source, field, target.name)
-
-
-def _hub(source: Source, field: str) -> Iterator[Row]:
-    datasets = _datasets()
-    name = source.uri.removeprefix(HUB)
-    fallback = "run datasets.save_to_disk where there is a network and give that folder"
-    # Asked first, because the library retries for half a minute before it gives up.
-    if not datasets.config.HF_HUB_OFFLINE and not _reachable(datasets.config.HF_ENDPOINT):
-        fix = (
-            f"data set {name!r} cannot be loaded: the hub cannot be reached; set HF_HUB_OFFLINE=1 to use a cached copy"
-        )
-        raise DataError(f"{field}.uri", source.uri, f"{fix}, or {fallback}")
-    try:
-        loaded = datasets.load_dataset(name, source.config)
-    except Exception as error:  # the library lets errors of half a dozen packages through
-        fix = f"data set {name!r} cannot be loaded: {_first_line(error)}; check the id and config, or {fallback}"
-        raise DataError(f"{field}.uri", source.uri, fix) from error
-    yield from _split_rows(loaded, source, field, name)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _reachable(endpoint: str) -> bool:
-    """Whether a connection to `endpoint` (or to the proxy that the environment names for it) opens within seconds."""
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    url = urlparse(proxy or endpoint)
-    try:
-        port = url.port or (443 if url.scheme == "https" else 80)
-        socket.create_connection((url.hostname or "", port), timeout=CONNECT_TIMEOUT_SECONDS).close()
-    except OSError:
-        return False
-    return True
-
-
-def _split_rows(loaded: Any, source: Source, field: str, name: str) -> Iterator[Row]:
-    if isinstance(loaded, dict):
-        splits = list(loaded)
-        chosen = source.split or (splits[0] if len(splits) == 1 else None)
-        if chosen is None:
-            raise DataError(f"{field}.split", None, f"{name} has several splits; use one of: {', '.join(splits)}")
-        if chosen not in loaded:
-            raise DataError(f"{field}.split", chosen, nearest(chosen, splits))
-        loaded = loaded[chosen]
-        name = f"{name}/{chosen}"
-    rows: Iterable[dict[str, Any]] = loaded
-    for number, values in enumerate(rows):
-        yield Row(dict(values), f"{name}#{number}")

@@ -1,16 +1,21 @@
 """Training, validation and test rows. What is missing is drawn from the training rows with `data.split_seed`.
 
 A drawn part is a shuffled sample (a file is often sorted by class or date, so its end is no sample of it), in
-proportion to the labels, and rows with the same input stay together: a question that stands on both sides would
-measure memory.
+proportion to the labels (in a mixture: of each source), and rows with the same input stay together: a question that
+stands on both sides would measure memory.
+
+Rows are read twice: once to decide where each goes, which takes a few bytes a row, and once to be used.
 """
 
-import random
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ingot.data.conversation import (
     Conversation,
@@ -21,12 +26,16 @@ from ingot.data.conversation import (
     required_columns,
     to_example,
 )
+from ingot.data.draw import Ints, draw, sample
 from ingot.data.sources import BadRow, Row, read_rows
+from ingot.data.table import Digests, Texts
 from ingot.errors import DataError
-from ingot.recipe import Data, Objective, Recipe, Source
+from ingot.recipe import Data, Recipe, Source
 from ingot.registry import nearest
 
 LISTED_BAD_ROWS = 5
+PARTS = ("train", "validation", "test")
+TRAIN, LEFT_OUT = 0, len(PARTS)
 
 
 @dataclass(frozen=True)
@@ -34,24 +43,59 @@ class DataReport:
     """What was read: rows per part, where each part is from, the bad rows, and inputs shared with training."""
 
     counts: dict[str, int]
+    """Streaming: without `train`."""
     origins: dict[str, str]
-    """`given`, or `drawn from train`."""
+    """`given`, `drawn from train`, or `streamed`."""
     bad_rows: dict[str, list[BadRow]]
-    """Part that was read -> its unusable rows."""
+    """What was read (`train`, in a mixture `train[0]` and so on, `validation`, `test`) -> its unusable rows."""
     shared_with_train: dict[str, int] = field(default_factory=dict)
     """validation, test -> rows whose input also stands in train. 0 for a drawn part."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """In a mixture: `train[0]` and so on -> its rows in train."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "counts": dict(self.counts),
-            "origins": dict(self.origins),
-            "bad_rows": {
-                part: [{"where": bad.where, "reason": bad.reason} for bad in rows]
-                for part, rows in self.bad_rows.items()
-            },
-            "shared_with_train": dict(self.shared_with_train),
+        """Plain values for JSON; `report_from` reads them back."""
+        bad = {
+            name: [{"where": row.where, "reason": row.reason} for row in rows] for name, rows in self.bad_rows.items()
         }
+        values = {"counts": dict(self.counts), "origins": dict(self.origins), "bad_rows": bad}
+        mixture = {"sources": dict(self.sources)} if self.sources else {}
+        return {**values, "shared_with_train": dict(self.shared_with_train), **mixture}
+
+
+def report_from(values: dict[str, Any]) -> DataReport:
+    """The report that `as_dict` wrote."""
+    bad = {name: [BadRow(**row) for row in rows] for name, rows in values["bad_rows"].items()}
+    return DataReport(**{**values, "bad_rows": bad})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One source: `name` (`train`, `train[1]`, `test`) as reports call it, and its number of usable rows once read."""
+
+    name: str
+    source: Source
+    n_rows: int = 0
+
+    @property
+    def field(self) -> str:
+        """As the recipe calls it."""
+        return f"data.{self.name}"
+
+    @property
+    def part(self) -> str:
+        """What its rows are, unless they are drawn for another part."""
+        return self.name.partition("[")[0]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Where every usable row goes. `part_of` [usable rows of all readings] int8: an index of PARTS, or LEFT_OUT."""
+
+    readings: list[Reading]
+    part_of: NDArray[np.int8]
+    labels: tuple[str, ...]
+    report: DataReport
 
 
 @dataclass(frozen=True)
@@ -65,98 +109,191 @@ class Splits:
     report: DataReport
 
 
-def load_splits(recipe: Recipe, folder: Path) -> Splits:
-    """Read and draw all three parts; relative paths start at `folder`.
+def load_splits(recipe: Recipe, folder: Path, parts: Sequence[str] = PARTS) -> Splits:
+    """Read and draw all three parts, and hold the rows of `parts`; relative paths start at `folder`.
 
     Raises `DataError` for unreadable or empty data, a missing column, more than `data.max_bad_rows` bad rows, and a
     label that training never saw.
     """
+    found = scan(recipe, folder)
+    rows: dict[str, list[Example]] = {name: [] for name in PARTS}
+    for part, _, example in examples(found, recipe, folder):
+        if part in parts:
+            rows[part].append(example)
+    return Splits(**rows, labels=found.labels, report=found.report)
+
+
+def scan(recipe: Recipe, folder: Path, scratch: Path | None = None) -> Scan:
+    """Decide for every usable row where it goes, and check them all; errors as in `load_splits`.
+
+    `scratch`: a folder for a file with the rows' inputs while parts are drawn. None: the memory holds them.
+    """
     data = recipe.data
-    parts: dict[str, list[Example]] = {}
+    inputs = Texts(scratch) if _draws(data) else Digests()
+    codes, names = array("q"), dict[str, int]()
+    readings: list[Reading] = []
     bad: dict[str, list[BadRow]] = {}
-    for name, source in (("train", data.train), ("validation", data.validation), ("test", data.test)):
-        if source is not None:
-            parts[name], bad[name] = _read(source, folder, f"data.{name}", data, recipe.objective)
-    _check_bad_rows(bad, data.max_bad_rows)
-    for name, rows in parts.items():
-        if not rows:
-            raise DataError(f"data.{name}.uri", getattr(data, name).uri, "holds no usable row; name a file with rows")
+    for reading in readings_of(data):
+        bad[reading.name] = []
+        for row in checked_rows(reading, recipe, folder):
+            if isinstance(row, BadRow):
+                bad[reading.name].append(row)
+            else:
+                inputs.add(_input_of(row))
+                codes.append(names.setdefault(_label_of(row), len(names)))
+        n_rows = len(codes) - sum(reading.n_rows for reading in readings)
+        readings.append(replace(reading, n_rows=n_rows))
+    check_bad_rows(bad, data.max_bad_rows)
+    for reading in readings:
+        if not reading.n_rows:
+            fix = "holds no usable row; name a file with rows"
+            raise DataError(f"{reading.field}.uri", reading.source.uri, fix)
+    known = sorted(names)
+    rank = np.array([known.index(name) for name in names], dtype=np.int64)
+    labels, groups = rank[np.array(codes, dtype=np.int64)], inputs.groups()
+    part_of = _assign(readings, groups, labels, data)
+    learned = np.unique(labels[part_of == TRAIN])
+    present = tuple(known[code] for code in learned if known[code])
+    found = Scan(readings, part_of, present, _report(readings, part_of, groups, data, bad))
+    unknown = np.flatnonzero(~np.isin(labels, learned) & (part_of != LEFT_OUT))
+    if len(unknown) and not data.streaming:
+        raise _unknown_label(found, int(unknown[0]), recipe, folder)
+    return found
 
-    origins = {name: "given" if name in parts else "drawn from train" for name in ("train", "validation", "test")}
-    train = parts["train"]
-    # Test first, so that changing validation_share leaves the test rows as they are.
-    for name, share in (("test", data.test_share), ("validation", data.validation_share)):
-        if name not in parts:
-            wanted = max(1, round(share * len(parts["train"]))) if share > 0 else 0
-            parts[name], train = _draw(train, wanted, f"{data.split_seed} {name}")
-            if share > 0 and not parts[name]:
-                fix = (
-                    f"{len(parts['train'])} rows hold too few distinct inputs to draw from; add rows or set data.{name}"
-                )
-                raise DataError(f"data.{name}_share", share, fix)
-    if data.max_train_rows is not None:
-        train = _sample(train, data.max_train_rows, data.split_seed)
 
-    labels = tuple(sorted({row.label for row in train if isinstance(row, Labeled)}))
-    _check_labels(parts, labels, data)
-    seen = {_input_of(row) for row in train}
-    shared = {name: sum(_input_of(row) in seen for row in parts[name]) for name in ("validation", "test")}
-    counts = {"train": len(train), "validation": len(parts["validation"]), "test": len(parts["test"])}
-    return Splits(train, parts["validation"], parts["test"], labels, DataReport(counts, origins, bad, shared))
+def examples(found: Scan, recipe: Recipe, folder: Path) -> Iterator[tuple[str, int, Example]]:
+    """(part, number of the reading, row) of all rows that are in a part, in reading order.
+
+    Raises `DataError` when the data is not what it was when it was scanned.
+    """
+    start = 0
+    for number, reading in enumerate(found.readings):
+        n_rows = 0
+        rows = (row for row in checked_rows(reading, recipe, folder) if not isinstance(row, BadRow))
+        for example, part in zip(rows, found.part_of[start : start + reading.n_rows].tolist(), strict=False):
+            n_rows += 1
+            if part != LEFT_OUT:
+                yield PARTS[part], number, example
+        if n_rows != reading.n_rows or next(rows, None) is not None:
+            raise DataError(f"{reading.field}.uri", reading.source.uri, "was changed while it was read; start again")
+        start += n_rows
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
 
 
-def _read(
-    source: Source, folder: Path, field_name: str, data: Data, objective: Objective
-) -> tuple[list[Example], list[BadRow]]:
-    examples: list[Example] = []
-    bad: list[BadRow] = []
-    absent = dict(required_columns(data, objective.task))
+def readings_of(data: Data) -> list[Reading]:
+    """The sources of a recipe in reading order: those of `train` first, but not when they are streamed."""
+    given = [Reading(name, source) for name in PARTS[1:] if (source := getattr(data, name)) is not None]
+    return given if data.streaming else [*training_sources(data), *given]
+
+
+def training_sources(data: Data) -> list[Reading]:
+    """`data.train`: one source, or the parts of a mixture."""
+    if isinstance(data.train, Source):
+        return [Reading("train", data.train)]
+    return [Reading(f"train[{number}]", source) for number, source in enumerate(data.train)]
+
+
+def checked_rows(reading: Reading, recipe: Recipe, folder: Path) -> Iterator[Example | BadRow]:
+    """The rows of a source as examples of the task. Raises `DataError` when no row has a column that it needs."""
+    absent = required_columns(recipe.data, recipe.objective.task)
     last: Row | None = None
-    for row in read_rows(source, folder, field_name):
-        result: Example | BadRow = row if isinstance(row, BadRow) else to_example(row, data, objective)
+    for row in read_rows(reading.source, folder, reading.field):
         if isinstance(row, Row):
             last = row
             if absent:
                 absent = {name: column for name, column in absent.items() if column not in row.values}
-        if isinstance(result, BadRow):
-            bad.append(result)
-        else:
-            examples.append(result)
-    if absent and last is not None:  # no row has the column: a mistake of the recipe, not of the rows
-        name, column = next(iter(absent.items()))
-        present = [str(key) for key in last.values]
-        hint = nearest(column, present)
-        listed = "" if hint.startswith("use one of") else f"; the columns are: {', '.join(present)}"
-        fix = f"{field_name}.uri = {source.uri!r} has no such column; {hint}{listed}"
-        raise DataError(name, column, fix, where=last.where)
-    return examples, bad
+        yield row if isinstance(row, BadRow) else to_example(row, recipe.data, recipe.objective)
+    if absent and last is not None:
+        raise missing_column(absent, last, reading)
 
 
-def _check_bad_rows(bad: dict[str, list[BadRow]], tolerated: int) -> None:
-    rows = [row for part in bad.values() for row in part]
+def missing_column(absent: dict[str, str], row: Row, reading: Reading) -> DataError:
+    """No row has the columns `absent` (field of the recipe -> column): a mistake of the recipe, not of the rows."""
+    name, column = next(iter(absent.items()))
+    present = [str(key) for key in row.values]
+    hint = nearest(column, present)
+    listed = "" if hint.startswith("use one of") else f"; the columns are: {', '.join(present)}"
+    fix = f"{reading.field}.uri = {reading.source.uri!r} has no such column; {hint}{listed}"
+    return DataError(name, column, fix, where=row.where)
+
+
+def check_bad_rows(bad: dict[str, list[BadRow]], tolerated: int) -> None:
+    """Raise `DataError` when there are more than `data.max_bad_rows`; `bad` is that of a `DataReport`."""
+    rows = [(f"data.{name}: " if "[" in name else "", row) for name, part in bad.items() for row in part]
     if len(rows) <= tolerated:
         return
-    listed = "".join(f"\n  {row.where}: {row.reason}" for row in rows[:LISTED_BAD_ROWS])
+    listed = "".join(f"\n  {source}{row.where}: {row.reason}" for source, row in rows[:LISTED_BAD_ROWS])
     more = f"\n  and {len(rows) - LISTED_BAD_ROWS} more" if len(rows) > LISTED_BAD_ROWS else ""
     fix = f"{len(rows)} rows cannot be used; mend them, or set data.max_bad_rows: {len(rows)} to go on without them:"
-    raise DataError("data.max_bad_rows", tolerated, f"{fix}{listed}{more}", where=rows[0].where)
+    raise DataError("data.max_bad_rows", tolerated, f"{fix}{listed}{more}", where=rows[0][1].where)
 
 
-def _check_labels(parts: dict[str, list[Example]], labels: Sequence[str], data: Data) -> None:
-    known = set(labels)
-    for name in ("validation", "test"):
-        for row in parts[name]:
-            if isinstance(row, Labeled) and row.label not in known:
-                fix = f"training never saw this label ({nearest(row.label, labels)}); mend it or add such rows to train"
-                if data.max_train_rows is not None:
-                    fix += f" (data.max_train_rows = {data.max_train_rows} leaves rows out)"
-                raise DataError(f"data.{name}: label", row.label, fix, where=row.where)
+def _unknown_label(found: Scan, place: int, recipe: Recipe, folder: Path) -> DataError:
+    everything = replace(found, part_of=np.zeros_like(found.part_of))  # nothing left out, so that the place counts
+    _, _, row = next(islice(examples(everything, recipe, folder), place, None))
+    label = _label_of(row)
+    fix = f"training never saw this label ({nearest(label, found.labels)}); mend it or add such rows to train"
+    if recipe.data.max_train_rows is not None:
+        fix += f" (data.max_train_rows = {recipe.data.max_train_rows} leaves rows out)"
+    return DataError(f"data.{PARTS[found.part_of[place]]}: label", label, fix, where=row.where)
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------
+
+
+def _draws(data: Data) -> bool:
+    shares = ((data.validation, data.validation_share), (data.test, data.test_share))
+    return not data.streaming and any(given is None and share > 0 for given, share in shares)
+
+
+def _assign(readings: Sequence[Reading], groups: Ints, labels: Ints, data: Data) -> NDArray[np.int8]:
+    sizes = [reading.n_rows for reading in readings]
+    part_of = np.repeat(np.array([PARTS.index(reading.part) for reading in readings], dtype=np.int8), sizes)
+    train = everything = np.flatnonzero(part_of == TRAIN)
+    # By source, then by label; the labels' numbers are in the labels' order.
+    strata = np.repeat(np.arange(len(sizes)), sizes) * (int(labels.max(initial=0)) + 1) + labels
+    # Test first, so that changing validation_share leaves the test rows as they are.
+    for name, share in (("test", data.test_share), ("validation", data.validation_share)):
+        if share == 0 or data.streaming or getattr(data, name) is not None:
+            continue
+        drawn = draw(train, groups, strata, max(1, round(share * len(everything))), f"{data.split_seed} {name}")
+        if not len(drawn):
+            fix = f"{len(everything)} rows hold too few distinct inputs to draw from; add rows or set data.{name}"
+            raise DataError(f"data.{name}_share", share, fix)
+        part_of[drawn] = PARTS.index(name)
+        train = np.setdiff1d(train, drawn, assume_unique=True)
+    if data.max_train_rows is not None:
+        part_of[train] = LEFT_OUT
+        part_of[sample(train, strata, data.max_train_rows, f"{data.split_seed} train")] = TRAIN
+    return part_of
+
+
+def _report(
+    readings: Sequence[Reading],
+    part_of: NDArray[np.int8],
+    groups: Ints,
+    data: Data,
+    bad: dict[str, list[BadRow]],
+) -> DataReport:
+    rows = {name: np.flatnonzero(part_of == number) for number, name in enumerate(PARTS)}
+    origins = {name: "given" if getattr(data, name) is not None else "drawn from train" for name in PARTS}
+    counts = {name: len(found) for name, found in rows.items()}
+    shared = {name: int(np.isin(groups[rows[name]], groups[rows["train"]]).sum()) for name in PARTS[1:]}
+    if data.streaming:
+        del counts["train"]
+        return DataReport(counts, origins | {"train": "streamed"}, bad)
+    sources: dict[str, int] = {}
+    start = 0
+    for reading in readings:
+        if "[" in reading.name:
+            sources[reading.name] = int((part_of[start : start + reading.n_rows] == TRAIN).sum())
+            if not sources[reading.name]:
+                fix = f"leaves no row of {reading.field} to learn from; raise it"
+                raise DataError("data.max_train_rows", data.max_train_rows, fix)
+        start += reading.n_rows
+    return DataReport(counts, origins, bad, shared, sources)
 
 
 def _input_of(row: Example) -> str:
@@ -173,61 +310,3 @@ def _input_of(row: Example) -> str:
 
 def _label_of(row: Example) -> str:
     return row.label if isinstance(row, Labeled) else ""
-
-
-def _draw(rows: list[Example], wanted: int, seed: str) -> tuple[list[Example], list[Example]]:
-    """Draw about `wanted` rows, whole groups of equal input, in proportion to labels: (drawn, rest), in file order.
-
-    No label loses its last row, so the rest is never empty and knows every label.
-    """
-    if wanted == 0:
-        return [], list(rows)
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[_input_of(row)].append(index)
-    order = sorted(groups)  # not the file's order: the same rows in another order make the same split
-    random.Random(seed).shuffle(order)
-    left = Counter(map(_label_of, rows))
-    quotas = _quotas(left, wanted)
-    drawn: set[int] = set()
-
-    def take(key: str, room: int) -> None:
-        members = groups[key]
-        lost = Counter(_label_of(rows[index]) for index in members)
-        if len(members) <= room and members[0] not in drawn and all(left[label] > lost[label] for label in lost):
-            drawn.update(members)
-            left.subtract(lost)
-            quotas.subtract(lost)
-
-    for key in order:
-        take(key, room=quotas[_label_of(rows[groups[key][0]])])
-    for key in order:  # what the quotas left over: labels of a single row, groups larger than their quota
-        take(key, room=wanted - len(drawn))
-    for key in sorted(order, key=lambda key: len(groups[key])):  # every group is larger than `wanted`
-        if not drawn:
-            take(key, room=len(rows))
-    chosen = [row for index, row in enumerate(rows) if index in drawn]
-    return chosen, [row for index, row in enumerate(rows) if index not in drawn]
-
-
-def _quotas(sizes: Counter[str], wanted: int) -> Counter[str]:
-    """Share `wanted` rows among labels by size: whole parts first, then the largest remainders."""
-    total = sizes.total()
-    exact = {label: wanted * size / total for label, size in sizes.items()}
-    quotas = Counter({label: int(value) for label, value in exact.items()})
-    by_remainder = sorted(exact, key=lambda label: (quotas[label] - exact[label], label))
-    quotas.update(by_remainder[: wanted - quotas.total()])
-    return quotas
-
-
-def _sample(rows: list[Example], wanted: int, seed: int) -> list[Example]:
-    """`wanted` rows in file order, one of every label before a second of any."""
-    order = list(range(len(rows)))
-    random.Random(f"{seed} train").shuffle(order)
-    seen: set[str] = set()
-    first: list[int] = []
-    others: list[int] = []
-    for index in order:
-        (others if (label := _label_of(rows[index])) in seen else first).append(index)
-        seen.add(label)
-    return [rows[index] for index in sorted([*first, *others][:wanted])]
