@@ -57,7 +57,7 @@ def split(model: nn.Module, mesh: DeviceMesh, rank: int) -> None:
                 continue
             if id(parameter) not in cut:
                 ALL_PARALLEL_STYLES[own].shard_param(module, key, mesh)
-                cut[id(parameter)] = module._parameters[key]
+                cut[id(parameter)] = getattr(module, key)
             module._parameters[key] = cut[id(parameter)]
         if style == SUMMED:
             _sum_gradients(module, mesh.get_group())

@@ -23,7 +23,7 @@ TOKENWISE = {"full_attention", "sliding_attention"}  # layers that mix tokens by
 
 def exchange_of(layout: Layout) -> Exchange | None:
     """What `Documents.exchange` is for ranks of `layout`; None where every rank holds whole lines."""
-    return None if layout.context == 1 else partial(exchange, layout.context_group)
+    return None if layout.context_group is None or layout.context == 1 else partial(exchange, layout.context_group)
 
 
 def exchange(group: dist.ProcessGroup, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

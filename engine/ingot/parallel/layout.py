@@ -4,6 +4,7 @@ get other rows.
 
 # B rows, T tokens of a line, t tokens of this rank's part of it
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Placement
 
 from ingot.errors import RecipeError
 from ingot.ranks import Ranks
@@ -71,6 +74,14 @@ class Layout:
         """This rank's part [B, t] of a line [B, T]; T is a multiple of `context`."""
         return line_BT if self.context == 1 else line_BT.chunk(self.context, dim=1)[self.context_rank]
 
+    def spread(self, tensor: Tensor) -> Tensor:
+        """A DTensor of one dimension of the grid as one of the whole grid, which tells which ranks hold the same."""
+        if self.grid is None or not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == self.grid.ndim:
+            return tensor
+        [name], [own] = tensor.device_mesh.mesh_dim_names or (), tensor.placements
+        placements = [own if name == other else Replicate() for other in self.grid.mesh_dim_names or ()]
+        return _with_layout_of(tensor, self.grid, placements, tensor)
+
     def connected(self, device_type: str, timeout: timedelta) -> "Layout":
         """With `grid` and `context_group`. Every rank must call it, in the same order as its other collectives."""
         everyone = torch.arange(self.ranks.world).view(self.loss_parts, self.tensor)
@@ -78,6 +89,24 @@ class Layout:
         grid = DeviceMesh.from_group([parts, tensor], device_type, mesh=everyone, mesh_dim_names=("parts", "tensor"))
         by_line = everyone.view(self.data, self.context, self.tensor).transpose(1, 2).reshape(-1, self.context)
         return replace(self, grid=grid, context_group=_group(by_line, timeout))
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """What `spread` made of a tensor that lies as `parameter` does, as it was."""
+    if not isinstance(tensor, DTensor) or not isinstance(parameter, DTensor):
+        return tensor
+    return _with_layout_of(tensor, parameter.device_mesh, parameter.placements, parameter)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _with_layout_of(tensor: DTensor, mesh: DeviceMesh, placements: Sequence[Placement], whole: Tensor) -> DTensor:
+    return DTensor.from_local(
+        tensor.to_local(), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def _group(members: Tensor, timeout: timedelta) -> dist.ProcessGroup:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ingot.model.adapters import trainable_tensors
-from ingot.parallel.layout import Layout
+from ingot.parallel.layout import Layout, like, local
 from ingot.parallel.norm import clip
 
 MODEL, OPTIMIZER = "model/", "optimizer/"  # how names in `state` begin
@@ -91,20 +91,20 @@ class Sharded:
         """
         found: dict[str, Tensor] = {}
         for name, parameter in trainable_tensors(self.plain):
-            found[MODEL + name] = parameter.detach()
+            found[MODEL + name] = self.layout.spread(parameter.detach())
             moments = self.optimizer.state.get(parameter) or fresh_moments(parameter)
-            found |= {f"{OPTIMIZER}{name}/{key}": value for key, value in moments.items()}
+            found |= {f"{OPTIMIZER}{name}/{key}": self.layout.spread(value) for key, value in moments.items()}
         return found
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` returned and a checkpoint filled. Without moments in it only weights are taken."""
         with torch.no_grad():
             for name, parameter in trainable_tensors(self.plain):
-                parameter.copy_(state[MODEL + name])
+                local(parameter).copy_(local(state[MODEL + name]))
                 start = f"{OPTIMIZER}{name}/"
                 moments = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
                 if moments:
-                    self.optimizer.state[parameter] = moments
+                    self.optimizer.state[parameter] = {key: like(value, parameter) for key, value in moments.items()}
 
 
 def fresh_moments(parameter: Tensor) -> dict[str, Tensor]:

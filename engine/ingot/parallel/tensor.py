@@ -9,11 +9,10 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ingot.model.adapters import trainable_tensors
 from ingot.model.split import split
-from ingot.parallel.layout import Layout
+from ingot.parallel.layout import Layout, local
 from ingot.parallel.sharded import Sharded
 
 BUCKET_BYTES = 256 * 2**20  # gradients that are summed in one collective
@@ -55,11 +54,6 @@ class TensorSharded(Sharded):
             dist.all_reduce(flat, group=group)
             for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(total.view_as(gradient))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
