@@ -18,6 +18,7 @@ from ingot.model.adapters import trainable_tensors
 from ingot.parallel.layout import Layout
 from ingot.parallel.optim import make_optimizer
 from ingot.parallel.sharded import Sharded
+from ingot.ranks import Ranks
 from ingot.recipe import Optim, Parallel
 
 Fill = Callable[[nn.Module], None]
@@ -92,6 +93,16 @@ def shard(
     return FullySharded(model, layout, dtype, make_optimizer(model, optim), device)
 
 
+def grid(section: Parallel, ranks: Ranks) -> tuple[int, int]:
+    """(copies of the model, ranks that cut one copy); rank = copy * ranks + part. Raises RecipeError for a rest."""
+    if section.strategy != "hsdp":
+        return 1, ranks.world
+    size = section.shard_ranks or ranks.local_world
+    if ranks.world % size:
+        raise RecipeError("parallel.shard_ranks", size, f"must divide the {ranks.world} ranks")
+    return ranks.world // size, size
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: by the class that transformers says not to split, else the largest list of modules.
 
@@ -127,13 +138,10 @@ def _mesh(layout: Layout, section: Parallel, device: torch.device) -> DeviceMesh
     if layout.tensor > 1:
         assert layout.grid is not None
         return layout.grid["parts"]
-    world = layout.ranks.world
+    copies, size = grid(section, layout.ranks)
     if section.strategy != "hsdp":
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    size = section.shard_ranks or layout.ranks.local_world
-    if world % size:
-        raise RecipeError("parallel.shard_ranks", size, f"must divide the {world} ranks")
-    everyone, timeout = torch.arange(world).view(-1, size), timedelta(minutes=section.timeout_minutes)
-    copies, _ = dist.new_subgroups_by_enumeration(everyone.t().tolist(), timeout=timeout)
-    cut, _ = dist.new_subgroups_by_enumeration(everyone.tolist(), timeout=timeout)
-    return DeviceMesh.from_group([copies, cut], device.type, mesh=everyone, mesh_dim_names=("copies", "shard"))
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    everyone, timeout = torch.arange(copies * size).view(-1, size), timedelta(minutes=section.timeout_minutes)
+    across, _ = dist.new_subgroups_by_enumeration(everyone.t().tolist(), timeout=timeout)
+    inside, _ = dist.new_subgroups_by_enumeration(everyone.tolist(), timeout=timeout)
+    return DeviceMesh.from_group([across, inside], device.type, mesh=everyone, mesh_dim_names=("copies", "shard"))

@@ -1,0 +1,155 @@
+"""A recipe -> the model that trains; what was trained -> what is exported."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ingot.data.template import request_of
+from ingot.errors import ModelError
+from ingot.model import adapters
+from ingot.model.export import export_model, probes
+from ingot.model.load import load_model, parameter_counts, read_whole, resolve_dtype
+from ingot.model.materialize import ShardReader
+from ingot.model.quantize import quantized
+from ingot.parallel import fsdp
+from ingot.parallel.sharded import MODEL, OPTIMIZER, recompute_blocks
+from ingot.progress import Progress
+from ingot.ranks import Ranks, pick_device, read_ranks
+from ingot.recipe import Recipe
+from ingot.runfolder import Run
+from ingot.stages import QUIET, Prepared
+from ingot.train.loop import Fitted
+from ingot.train.shards import Written
+
+
+class Built(NamedTuple):
+    """A model to train.
+
+    `initial`: a copy of what its adapter starts from; empty for full fine-tuning, and for a model that lies on the meta
+    device, where `fill` puts weights into what `parallelize` has cut.
+    """
+
+    model: nn.Module
+    initial: dict[str, Tensor]
+    fill: Callable[[nn.Module], None] | None = None
+
+
+def build(
+    recipe: Recipe, home: Path, labels: tuple[str, ...], ranks: Ranks, progress: Progress = QUIET, *, cut: bool = True
+) -> Built:
+    """The model ready to be trained on these ranks; without `cut` whole on this one, whatever the strategy.
+
+    Under fsdp and hsdp a rank reads its part only, where that is possible.
+    """
+    dtype = resolve_dtype(recipe.model.dtype, pick_device(read_ranks()))
+    full = recipe.adapter.kind == "none"
+    reader = None
+    if cut and recipe.parallel.strategy in ("fsdp", "hsdp"):
+        reason = _whole_because(recipe)
+        if reason is None:
+            copies, size = fsdp.grid(recipe.parallel, ranks)
+            offloaded = torch.device("cpu") if recipe.parallel.offload == "parameters" else None
+            reader = ShardReader(size, copies, offloaded)
+        else:
+            progress.note(f"load: every rank holds the whole model in CPU memory until it is cut, because {reason}")
+    # Full fine-tuning keeps float32 master weights and computes in `dtype`; a frozen base is held in `dtype` itself.
+    model = load_model(
+        recipe.model,
+        home,
+        recipe.objective.task,
+        labels,
+        dtype=torch.float32 if full else dtype,
+        seed=recipe.train.seed,
+        read=reader or read_whole,
+    )
+    if recipe.quantization.kind != "none":
+        model = quantized(model, recipe.quantization)
+    model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, recipe.train.seed)
+    if recipe.train.gradient_checkpointing:
+        recompute_blocks(model)
+    if reader is not None:
+        reader.lay_out(model)
+        return Built(model, {}, reader.fill)
+    initial = {} if full else {name: p.detach().cpu().clone() for name, p in adapters.trainable_tensors(model)}
+    return Built(model, initial)
+
+
+def _whole_because(recipe: Recipe) -> str | None:
+    """Why a model that will be cut has to be loaded whole first."""
+    if recipe.model.initialization == "random":
+        return "model.initialization=random draws one tensor after another from one seed"
+    if recipe.adapter.kind == "lora" and recipe.adapter.dora:
+        return "adapter.dora starts from the norms of whole weights"
+    if recipe.quantization.kind != "none":
+        return f"quantization.kind={recipe.quantization.kind} needs whole weights"
+    if recipe.parallel.tensor > 1:
+        return f"parallel.tensor={recipe.parallel.tensor} cuts whole matrices first"
+    return None
+
+
+def rebuilt(
+    recipe: Recipe, home: Path, labels: tuple[str, ...], checkpoint: Path, device: torch.device
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The whole model with the trained weights of `checkpoint`, for one rank alone; and what its adapter started from.
+
+    In CPU memory, or on `device` if twice its size is free there. Raises CheckpointError when the files do not fit.
+    """
+    gc.collect()
+    model, initial, _ = build(recipe, home, labels, Ranks(), cut=False)
+    state = {MODEL + name: parameter.detach() for name, parameter in adapters.trainable_tensors(model)}
+    written = Written(checkpoint)
+    written.fill(state, others=[name for name in written.tensors if name.startswith(OPTIMIZER)])
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        if torch.cuda.mem_get_info(device)[0] > 2 * size:
+            model.to(device)
+    return model, initial
+
+
+def export(
+    model: nn.Module, initial: dict[str, Tensor], prepared: Prepared, recipe: Recipe, run: Run, fitted: Fitted
+) -> dict[str, Any]:
+    """Save adapter and merged model, with the proofs that the adapter is alive and that merging kept it."""
+    facts: dict[str, Any] = {
+        "steps": fitted.steps,
+        "final_step": fitted.final_step,
+        "best_validation_loss": fitted.best_loss,
+        "training_seconds": fitted.seconds,
+        **fitted.rates,
+    }
+    facts["trainable_parameters"], facts["parameters"] = parameter_counts(model)
+    facts["rows"] = len(prepared.rows.train.rows)
+    facts["data"] = prepared.splits.report.as_dict() | {"truncation": prepared.dropped.as_dict()}
+    if recipe.adapter.kind == "lora":
+        # The first step moves only one of A and B, since the other starts at zero.
+        dead = adapters.dead_tensors(model, initial) if fitted.final_step > 1 else []
+        if dead:
+            raise ModelError(
+                "adapter",
+                dead[0],
+                f"{len(dead)} of {len(initial)} adapter tensors did not change in {fitted.final_step} steps; "
+                "raise optim.lr",
+            )
+        adapters.save_adapter(model, run.adapter, recipe.model.source.removeprefix("hf://"))
+        watched = prepared.rows.validation if len(prepared.rows.validation) else prepared.rows.train.rows
+        rows = [watched[index] for index in range(min(4, len(watched)))]
+        model, facts["merge_difference"] = adapters.merge(model, probes(rows, next(model.parameters()).device))
+    # As in training: a model rebuilt in CPU memory beside a GPU is exported in the GPU's type.
+    dtype = resolve_dtype(recipe.model.dtype, pick_device(read_ranks()))
+    example = prepared.splits.test[0] if prepared.splits.test else prepared.splits.train[0]
+    described = {
+        "task": recipe.objective.task,
+        "labels": list(prepared.splits.labels),
+        "pooling": recipe.model.pooling,
+        "max_tokens": recipe.data.max_tokens,
+        "max_new_tokens": recipe.evaluate.max_new_tokens,
+        "example": request_of(example),
+        "base_model": recipe.model.source,
+    }
+    export_model(model, prepared.tokenizer, run.model, dtype, described)
+    return facts
