@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ from ingot.model.source import model_folder
 from ingot.recipe import Model, Task
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
+Read: TypeAlias = Callable[..., nn.Module]  # (an Auto class, folder, **options of its from_pretrained) -> model
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -91,6 +93,12 @@ def context_length(model: Model, folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
 
 
+def read_whole(kind: Any, path: Path, **options: Any) -> nn.Module:
+    """The model in a folder, all of it on this rank."""
+    model: nn.Module = kind.from_pretrained(path, **options)
+    return model
+
+
 def load_model(
     model: Model,
     folder: Path,
@@ -99,10 +107,12 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    read: Read = read_whole,
 ) -> nn.Module:
     """Return the model for `task` on the CPU with weights in `dtype`.
 
-    New weights (a classifier's head, or everything with `model.initialization: random`) are drawn with `seed`.
+    New weights (a classifier's head, or everything with `model.initialization: random`) are drawn with `seed`. `read`
+    is how weights come from the disk (materialize.py).
     """
     random = model.initialization == "random"
     path = model_folder(model, folder, weights=not random)
@@ -110,16 +120,23 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "attn_implementation": attention.NAME}
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=model.trust_remote_code)
     if task == "text-classification":
-        return _load_classifier(model, path, folder, config, labels, dtype, random)
+        return _load_classifier(model, path, folder, config, labels, dtype, random, read)
     if random:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+    return read(
+        AutoModelForCausalLM, path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **options
     )
 
 
 def _load_classifier(
-    model: Model, path: Path, folder: Path, config: Any, labels: tuple[str, ...], dtype: torch.dtype, random: bool
+    model: Model,
+    path: Path,
+    folder: Path,
+    config: Any,
+    labels: tuple[str, ...],
+    dtype: torch.dtype,
+    random: bool,
+    read: Read,
 ) -> nn.Module:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
@@ -131,10 +148,12 @@ def _load_classifier(
         "attn_implementation": attention.NAME,
     }
     kind = AutoModelForSequenceClassification if resolve_pooling(model, folder) == "head" else AutoModel
+    loaded: Any
     if random:
         loaded = kind.from_config(config, **options)
     else:
-        loaded = kind.from_pretrained(
+        loaded = read(
+            kind,
             path,
             config=config,
             local_files_only=True,

@@ -28,7 +28,7 @@ WRAPPERS = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|modul
 class ShardReader:
     """Reads a model cut over `size` ranks, repeated `copies` times (rank = copy * size + part).
 
-    Called in place of `from_pretrained`, it returns a model whose read weights take no memory; `lay_out` turns them into
+    Called in place of `from_pretrained`, it returns a model whose read weights take no memory; `lay_out` makes them
     tensors on the meta device, and `fill` puts this rank's rows in after the model has been cut along their first
     dimension. `device`: where they lie then; None: where they were read to (the GPU, if there is one).
     """
@@ -106,7 +106,7 @@ Places = list[tuple[nn.Module, str, str]]
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Parameter, Places]]:
-    """Every parameter with (module, its name there, its whole name) of all places where it stands: tied ones have two."""
+    """Every parameter with (module, its name there, its whole name) of all its places: tied ones have two."""
     found: dict[int, tuple[nn.Parameter, Places]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():

@@ -1,5 +1,5 @@
-"""FSDP2: parameters, gradients and optimizer are cut over ranks (Rajbhandari et al. 2020, stage 3), and a block is whole
-only while it runs. HSDP cuts inside a group of ranks and repeats the cut across groups.
+"""FSDP2: parameters, gradients and optimizer are cut over ranks (Rajbhandari et al. 2020, stage 3), and a block is
+whole only while it runs. HSDP cuts inside a group of ranks and repeats the cut across groups.
 """
 
 import contextlib
@@ -78,8 +78,8 @@ def shard(
 ) -> FullySharded:
     """Cut `model` over all ranks (hsdp: over `shard_ranks` of them). It moves to `device` block by block.
 
-    `fill` puts weights into what lay on the meta device, after the cut. The optimizer comes last: one that is made before
-    holds parameters that are no longer the model's and steps nothing.
+    `fill` puts weights into what lay on the meta device, after the cut. The optimizer comes last: one that is made
+    before holds parameters that are no longer the model's and steps nothing.
     """
     mesh = _mesh(layout, section, device)
     # On a CPU parameters are in its memory anyway.
@@ -115,7 +115,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     if not found:
         lists = _outermost([module for module in model.modules() if isinstance(module, nn.ModuleList)])
         sizes = [sum(p.numel() for p in part.parameters()) for part in lists]
-        found = list(lists[sizes.index(max(sizes))]) if lists else []
+        found = list(lists[sizes.index(max(sizes))].children()) if lists else []
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -1,5 +1,6 @@
 """A recipe's `parallel` section -> `Sharded`: one list of functions in one visible order."""
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -25,8 +26,17 @@ STRATEGIES = {
 }
 
 
-def parallelize(model: nn.Module, ranks: Ranks, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Sharded:
+def parallelize(
+    model: nn.Module,
+    ranks: Ranks,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    fill: Callable[[nn.Module], None] | None = None,
+) -> Sharded:
     """Move `model` to `device` and spread it as `recipe.parallel` says.
+
+    `fill` (fsdp, hsdp) puts weights into a model that lies on the meta device, once it is cut.
 
     Raises RecipeError where rules.py does: callers ask it first, before anything is loaded.
     """
@@ -39,7 +49,8 @@ def parallelize(model: nn.Module, ranks: Ranks, recipe: Recipe, device: torch.de
     if layout.tensor > 1:
         tensor.cut(model, layout)
     strategy = resolve(STRATEGIES, "parallel.strategy", section.strategy)
-    return strategy(model, layout, section, recipe.optim, device, dtype)
+    more = {} if fill is None else {"fill": fill}
+    return strategy(model, layout, section, recipe.optim, device, dtype, **more)
 
 
 def single(
