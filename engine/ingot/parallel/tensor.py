@@ -30,6 +30,8 @@ class TensorSharded(Sharded):
     Not by DistributedDataParallel, which wants plain parameters.
     """
 
+    whole = False
+
     @contextlib.contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         """Context for forward and backward of one microbatch; gradients travel behind the `last` one of a step."""

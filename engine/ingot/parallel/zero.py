@@ -128,7 +128,7 @@ class Zero(Sharded):
     ) -> None:
         zero: Any = engine.optimizer
         super().__init__(plain, engine, layout, dtype, zero)
-        self.stage, self.device, self.even = stage, device, stage >= 2
+        self.stage, self.device, self.even, self.whole = stage, device, stage >= 2, stage < 3
         self._zero, self._engine = zero, engine
         self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         # deepspeed would make them at the first step; then a checkpoint could not be loaded before it.
