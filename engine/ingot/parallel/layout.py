@@ -76,10 +76,11 @@ class Layout:
 
     def spread(self, tensor: Tensor) -> Tensor:
         """A DTensor of one dimension of the grid as one of the whole grid, which tells which ranks hold the same."""
-        if self.grid is None or not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == self.grid.ndim:
+        names = (self.grid.mesh_dim_names if self.grid is not None else None) or ()
+        own = tensor.device_mesh.mesh_dim_names if isinstance(tensor, DTensor) else None
+        if self.grid is None or not isinstance(tensor, DTensor) or own is None or len(own) > 1 or own[0] not in names:
             return tensor
-        [name], [own] = tensor.device_mesh.mesh_dim_names or (), tensor.placements
-        placements = [own if name == other else Replicate() for other in self.grid.mesh_dim_names or ()]
+        placements = [tensor.placements[0] if name == own[0] else Replicate() for name in names]
         return _with_layout_of(tensor, self.grid, placements, tensor)
 
     def connected(self, device_type: str, timeout: timedelta) -> "Layout":
