@@ -1,4 +1,4 @@
-"""mkdocs hook: the recipe and command-line references, written from the schema and from typer at every build."""
+"""mkdocs hook: the references, written at every build from the schema, from typer and from the rules."""
 
 import inspect
 import json
@@ -10,6 +10,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from ingot.cli import app
+from ingot.parallel import rules
 from ingot.recipe_io import json_schema
 
 
@@ -17,6 +18,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Called by mkdocs: add the generated pages to those of the folder."""
     files.append(File.generated(config, "reference/recipe.md", content=recipe_page()))
     files.append(File.generated(config, "reference/cli.md", content=cli_page()))
+    files.append(File.generated(config, "reference/support.md", content=support_page()))
     return files
 
 
@@ -45,6 +47,48 @@ def recipe_page() -> str:
     ]
     parts.append(_table("", source["properties"], source["required"]))
     return "\n\n".join(parts) + "\n"
+
+
+def support_page() -> str:
+    """Return the page of what goes together with what, from the rules that check recipes."""
+    columns: dict[str, dict[str, Any]] = {
+        "LoRA": {},
+        "LoRA over nf4": {"quantization": "nf4"},
+        "LoRA over int8": {"quantization": "int8"},
+        "full": {"adapter": "none"},
+        "padded": {"batches": "padded"},
+        "packed": {"batches": "packed"},
+        "context": {"context": 2},
+        "tensor": {"tensor": 2},
+        "nf4 + context": {"quantization": "nf4", "context": 2},
+        "nf4 + tensor": {"quantization": "nf4", "tensor": 2},
+        "offload optimizer": {"offload": "optimizer"},
+        "offload parameters": {"offload": "parameters"},
+    }
+    reasons: list[str] = []
+    lines = [f"| strategy | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for strategy in rules.STRATEGIES:
+        marks = []
+        for changes in columns.values():
+            alone = strategy == "none" and not {"context", "tensor"} & changes.keys()
+            rule = rules.broken(rules.Cell(strategy, **changes, world=1 if alone else 2))
+            if rule is not None and rule.because not in reasons:
+                reasons.append(rule.because)
+            marks.append("yes" if rule is None else f"no ({1 + reasons.index(rule.because)})")
+        lines.append(f"| `{strategy}` | {' | '.join(marks)} |")
+    allowed = list(rules.cells())
+    return "\n\n".join(
+        [
+            "# What goes together",
+            "Written from the rules that check a recipe (`ingot.parallel.rules`), the same that list what the tests "
+            f"train: {len(allowed)} combinations of strategy, adapter, quantization, batches, offload, context and "
+            "tensor on two gloo ranks, each compared step by step with one rank: losses within 1e-5 in float32.",
+            "\n".join(lines),
+            "\n".join(f"{number}. {reason[0].upper()}{reason[1:]}." for number, reason in enumerate(reasons, 1)),
+            "`none` with context or tensor: all ranks share one line, or each matrix. On NCCL the same code runs; what "
+            "was measured on GPUs stands in `benchmarks/results`.",
+        ]
+    )
 
 
 def _table(prefix: str, fields: dict[str, Any], required: list[str]) -> str:

@@ -31,6 +31,7 @@ from ingot.data.plan import PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.data.template import Encoded
 from ingot.model.adapters import attach_adapter, trainable_tensors
+from ingot.model.quantize import quantized
 from ingot.parallel.sharded import recompute_blocks
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
@@ -108,9 +109,10 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
     """Train a cell and leave what it did in `out`."""
     recipe = recipe_of(cell["sections"])
     device = torch.device("cpu")
-    model = attach_adapter(
-        small_model(**cell.get("model", {"kind": "llama"})), recipe.adapter, recipe.objective.task, 0
-    )
+    model = small_model(**cell.get("model", {"kind": "llama"}))
+    if recipe.quantization.kind != "none":
+        model = quantized(model, recipe.quantization)
+    model = attach_adapter(model, recipe.adapter, recipe.objective.task, 0)
     with torch.no_grad():  # B starts at zero, and with it the gradient of A
         for name, parameter in trainable_tensors(model):
             if "lora_B" in name:

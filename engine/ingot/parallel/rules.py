@@ -79,6 +79,11 @@ RULES = (
         "a quantized weight cannot be trained, only an adapter over it; use adapter.kind=lora",
     ),
     Rule(
+        "quantization.kind",
+        lambda c: c.quantization != "none" and c.tensor > 1,
+        "the blocks that share a scale cannot be cut with the matrix; use fsdp, or quantization.kind=none",
+    ),
+    Rule(
         "parallel.offload",
         lambda c: c.offload == "optimizer" and c.strategy not in ZERO,
         "only zero1, zero2 and zero3 keep the optimizer alone in CPU memory; use one of them, or offload=parameters "
