@@ -22,13 +22,14 @@ FLOORS = {
     "launch": 2, "ranks": 2, "track": 2, "progress": 2, "catalog": 2, "data": 2, "model": 2, "parallel": 2,
     "train": 3, "evaluation": 3,
     "packaging": 4, "serving": 4,
-    "runfolder": 5, "stages": 5, "assembly": 5, "verbs": 5,
+    "runfolder": 5, "preparation": 5, "stages": 5, "assembly": 5, "verbs": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 # Files of one floor that stand beside each other: the first may import the second.
 NEIGHBOURS = {
     ("registry", "errors"),
     ("recipe_errors", "recipe"), ("recipe_io", "recipe"), ("recipe_io", "recipe_errors"),
+    ("data", "progress"), ("stages", "preparation"), ("verbs", "preparation"), ("assembly", "preparation"),
     ("stages", "runfolder"), ("verbs", "runfolder"), ("verbs", "stages"),
     ("assembly", "runfolder"), ("assembly", "stages"), ("verbs", "assembly"),
     ("__main__", "cli"), ("model", "catalog"), ("ranks", "launch"), ("parallel", "launch"), ("parallel", "ranks"), ("parallel", "model"),

@@ -64,9 +64,10 @@ class Portion:
 
 
 class Feed(Protocol):
-    """A source of portions. `steps`: how many there are in all."""
+    """A source of portions. `steps`: how many there are in all. `rows`: all its rows; of a stream the first ones."""
 
     steps: int
+    rows: EncodedRows
 
     def start(self, cursor: Cursor) -> Iterator[Portion]:
         """Portions from `cursor` on."""

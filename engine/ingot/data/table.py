@@ -81,9 +81,6 @@ class RowWriter:
         self._sink = pa.OSFile(str(path), "wb") if path else None
         self._file = pa.ipc.new_file(self._sink, SCHEMA) if path else None
 
-    def __len__(self) -> int:
-        return len(self._lengths)
-
     def add(self, rows: Sequence[Encoded]) -> None:
         """Append `rows`."""
         if not rows:
@@ -97,11 +94,13 @@ class RowWriter:
             self._file.write_batch(batch)
 
     def rows(self) -> ArrowRows:
-        """Everything in memory so far; empty for a writer of a file."""
+        """Everything so far; of a file, once it is closed."""
+        if self._path is not None:
+            return ArrowRows.mapped(self._path)
         return ArrowRows(self._batches, *map(_numbers, (self._lengths, self._targets)))
 
     def close(self) -> None:
-        """Finish the file: it is readable from here on."""
+        """Finish the file; nothing to do for the memory."""
         if self._path is None or self._file is None or self._sink is None:
             return
         self._file.close()

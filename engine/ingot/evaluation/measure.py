@@ -6,6 +6,7 @@ B rows, T tokens, V vocabulary, C classes.
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,11 @@ from ingot.model.load import Tokenizer, logits_of, pad_id
 from ingot.model.pooling import class_probabilities
 from ingot.recipe import Recipe
 
+Row = TypeVar("Row")
 Tick = Callable[[int], None]
 
 
-def choose(examples: Sequence[Example], recipe: Recipe) -> list[Example]:
+def choose(examples: Sequence[Row], recipe: Recipe) -> list[Row]:
     """All test rows, or `evaluate.max_rows` of them drawn with `data.split_seed` (in their own order)."""
     limit = recipe.evaluate.max_rows
     if limit is None or limit >= len(examples):
@@ -38,16 +40,21 @@ def make_items(examples: Sequence[Example], tokenizer: Tokenizer, recipe: Recipe
     items = []
     for example in examples:
         ids = prompt_ids(example, tokenizer, recipe.data, recipe.objective) if generating else None
-        room = (context or 1 << 60) - recipe.evaluate.max_new_tokens
-        if ids is not None and len(ids) > room:
-            raise DataError(
-                "evaluate.max_new_tokens",
-                recipe.evaluate.max_new_tokens,
-                f"the prompt has {len(ids)} tokens and the model's context {context}; lower it, or shorten the row",
-                where=example.where,
-            )
+        check_room(None if ids is None else len(ids), example.where, recipe, context)
         items.append(Item(example.where, prompt_text(example), ids, [reference_text(example)]))
     return merge_items(items) if recipe.evaluate.merge_references else items
+
+
+def check_room(n_prompt: int | None, where: str, recipe: Recipe, context: int | None) -> None:
+    """Raise DataError when a prompt of `n_prompt` tokens (None: none is asked) leaves no room for the answer."""
+    room = (context or 1 << 60) - recipe.evaluate.max_new_tokens
+    if n_prompt is not None and n_prompt > room:
+        raise DataError(
+            "evaluate.max_new_tokens",
+            recipe.evaluate.max_new_tokens,
+            f"the prompt has {n_prompt} tokens and the model's context {context}; lower it, or shorten the row",
+            where=where,
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,122 @@
+"""A recipe -> encoded rows, and the checks that come before any training is paid for. No process group exists yet."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ingot.data import cache, stream
+from ingot.data.plan import Feed, PlannedFeed
+from ingot.data.splits import training_sources
+from ingot.evaluation.measure import check_room, choose
+from ingot.evaluation.metrics import metric_names
+from ingot.evaluation.runner import Item, merge_items
+from ingot.evaluation.statistics import detectable_difference
+from ingot.model.load import Tokenizer, context_length, load_tokenizer, pad_id
+from ingot.model.source import model_folder
+from ingot.progress import Progress
+from ingot.ranks import read_ranks
+from ingot.recipe import Recipe
+from ingot.train.loop import Rows
+
+QUIET = Progress(quiet=True)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe becomes before any model is loaded."""
+
+    tokenizer: Tokenizer
+    rows: Rows
+    facts: cache.Facts
+
+    def data_facts(self) -> dict[str, Any]:
+        """What became of the data, for the run's record: `rows` to learn from (streamed: read so far), and `data`."""
+        feed, report = self.rows.train, self.facts.report.as_dict()
+        if isinstance(feed, stream.StreamFeed):
+            return {"rows": feed.counts.rows, "data": report | {"streamed": feed.facts()}}
+        return {"rows": len(feed.rows), "data": report | {"truncation": self.facts.dropped.as_dict()}}
+
+
+def prepare(recipe: Recipe, home: Path, progress: Progress = QUIET) -> Prepared:
+    """Read, split and encode the data, or find it in the cache. What is wrong with data or tokenizer is raised here;
+    streaming, what is wrong with the first rows.
+
+    Raises DataError when no row with a trainable token is left, ModelError when the tokenizer does not fit the task.
+    """
+    if recipe.data.streaming:
+        stream.check(recipe, home)
+    tokenizer = load_tokenizer(recipe.model, home)
+    found = cache.encoded(recipe, home, tokenizer, progress, first=read_ranks().local == 0)
+    facts, feed = found.facts, _feed(found, recipe, home, tokenizer, progress)
+    if isinstance(feed, stream.StreamFeed) and not facts.example:
+        facts = replace(facts, example=feed.example)
+    prepared = Prepared(tokenizer, Rows(feed, found.validation, pad_id(tokenizer)), facts)
+    for line in _findings(facts, recipe):
+        progress.note(line)
+    return prepared
+
+
+def _feed(found: cache.EncodedData, recipe: Recipe, home: Path, tokenizer: Tokenizer, progress: Progress) -> Feed:
+    if recipe.data.streaming:
+        return stream.StreamFeed(recipe, home, tokenizer, found.facts.report.bad_rows, progress.note)
+    weights = [reading.source.weight for reading in training_sources(recipe.data)]
+    sources = list(zip(found.facts.sources, weights, strict=True))
+    return PlannedFeed(found.train, recipe.data, recipe.train, sources)
+
+
+def _findings(facts: cache.Facts, recipe: Recipe) -> Iterator[str]:
+    """What the user should know about the data, a line each."""
+    found, dropped = facts.report, facts.dropped
+    parts = [f"{count:,} {name} ({found.origins[name]})" for name, count in found.counts.items()]
+    yield f"data: {', '.join([*(['train (streamed)'] if recipe.data.streaming else []), *parts])}"
+    yield from _mixture(facts, recipe)
+    for name, rows in found.bad_rows.items():
+        if rows:
+            first = rows[0]
+            yield f"data: {len(rows):,} unusable rows left out of {name}; the first is {first.where}: {first.reason}"
+    for name, count in found.shared_with_train.items():
+        if count:
+            yield f"data: {count:,} {name} rows ask what a training row asks too"
+    if dropped.truncated:
+        lost = (
+            f"{dropped.count:,} of them lost every trainable token and are left out"
+            if dropped.count
+            else "all still learn"
+        )
+        yield f"data: {dropped.truncated:,} training rows cut at {recipe.data.max_tokens} tokens; {lost}"
+
+
+def _mixture(facts: cache.Facts, recipe: Recipe) -> Iterator[str]:
+    """A line for each source of a mixture: its share of an epoch, and how often that shows each of its rows."""
+    readings = training_sources(recipe.data)
+    total = sum(reading.source.weight for reading in readings)
+    for number, reading in enumerate(readings):
+        if len(readings) == 1:
+            return
+        share = reading.source.weight / total
+        named = f"data: {reading.name} = {reading.source.uri}: {share:.1%} of the rows learned"
+        if recipe.data.streaming:
+            yield named
+            continue
+        rows = facts.sources[number]
+        yield f"{named}; each of its {rows:,} rows {share * sum(facts.sources) / rows:.2f} times an epoch"
+
+
+def preflight(recipe: Recipe, home: Path, prepared: Prepared, progress: Progress) -> None:
+    """Everything about the later stages that can be known to fail before training is paid for."""
+    model_folder(recipe.model, home, weights=recipe.model.initialization == "pretrained")
+    if recipe.evaluate.enabled:
+        questions, context = choose(prepared.facts.questions, recipe), context_length(recipe.model, home)
+        for asked in questions:
+            check_room(asked.n_prompt, asked.where, recipe, context)
+        items = [Item(asked.where, asked.prompt, None, [asked.reference]) for asked in questions]
+        items = merge_items(items) if recipe.evaluate.merge_references else items
+        metric_names(recipe.evaluate, recipe.objective.task, [item.references for item in items])
+        points = 100 * detectable_difference(len(items))
+        seen = (
+            f"sees differences of shares from about {points:.1f} points on"
+            if points < 100
+            else "is too small to see any"
+        )
+        progress.note(f"evaluate: a paired test on {len(items):,} rows {seen} (80 % power, models disagreeing on 20 %)")
