@@ -38,6 +38,14 @@ class CheckpointError(IngotError):
     """A checkpoint could not be written or read; what was there before is untouched."""
 
 
+class NotFinite(IngotError):
+    """More losses or gradients than `train.nonfinite_budget` were not finite; the weights are as before the last one."""
+
+
+class OutOfMemory(IngotError):
+    """A step does not fit: the message names what grew and the cheapest lever."""
+
+
 class PackageError(IngotError):
     """A package could not be written, or does not answer as the model it was made from."""
 
