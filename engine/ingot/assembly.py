@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ingot.data.template import request_of
 from ingot.errors import ModelError
 from ingot.model import adapters
 from ingot.model.export import export_model, probes
@@ -17,11 +16,11 @@ from ingot.model.materialize import ShardReader
 from ingot.model.quantize import quantized
 from ingot.parallel import fsdp
 from ingot.parallel.sharded import MODEL, OPTIMIZER, recompute_blocks
+from ingot.preparation import QUIET, Prepared
 from ingot.progress import Progress
 from ingot.ranks import Ranks, pick_device, read_ranks
 from ingot.recipe import Recipe
 from ingot.runfolder import Run
-from ingot.stages import QUIET, Prepared
 from ingot.train.loop import Fitted
 from ingot.train.shards import Written
 
@@ -123,8 +122,7 @@ def export(
         **fitted.rates,
     }
     facts["trainable_parameters"], facts["parameters"] = parameter_counts(model)
-    facts["rows"] = len(prepared.rows.train.rows)
-    facts["data"] = prepared.splits.report.as_dict() | {"truncation": prepared.dropped.as_dict()}
+    facts |= prepared.data_facts()
     if recipe.adapter.kind == "lora":
         # The first step moves only one of A and B, since the other starts at zero.
         dead = adapters.dead_tensors(model, initial) if fitted.final_step > 1 else []
@@ -141,14 +139,13 @@ def export(
         model, facts["merge_difference"] = adapters.merge(model, probes(rows, next(model.parameters()).device))
     # As in training: a model rebuilt in CPU memory beside a GPU is exported in the GPU's type.
     dtype = resolve_dtype(recipe.model.dtype, pick_device(read_ranks()))
-    example = prepared.splits.test[0] if prepared.splits.test else prepared.splits.train[0]
     described = {
         "task": recipe.objective.task,
-        "labels": list(prepared.splits.labels),
+        "labels": list(prepared.facts.labels),
         "pooling": recipe.model.pooling,
         "max_tokens": recipe.data.max_tokens,
         "max_new_tokens": recipe.evaluate.max_new_tokens,
-        "example": request_of(example),
+        "example": prepared.facts.example,
         "base_model": recipe.model.source,
     }
     export_model(model, prepared.tokenizer, run.model, dtype, described)
