@@ -1,46 +1,54 @@
-"""Attention that never leaves a document, for rows that lie end to end in one line; every backend behind one function.
+"""Attention that never leaves a document, for rows that lie end to end in one line.
 
-It enters a model through transformers' AttentionInterface under the name `ingot`. Without documents (padded batches,
-generation) it is transformers' own sdpa.
+It enters a model through transformers' AttentionInterface, under one name a backend (`implementation`), so a model
+carries its backend with it. Lines come with `documents` instead of a mask of T x T; everything else (padded batches,
+generation) is transformers' own sdpa, or `eager` here where sdpa lacks what the model needs.
 """
 
-# B batch (1 for lines), H heads, T tokens of the line, D head size, L tokens of a document
+# B batch (1 for lines), H heads, K key and value heads, T tokens of the line, D head size, Q queries and S keys,
+# G documents of a group and L tokens of its longest
 
+import importlib
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeAlias
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ingot.errors import MissingPackage, ModelError
+from ingot.model.documents import Attend as Attend
+from ingot.model.documents import Documents as Documents
+from ingot.model.documents import Exchange as Exchange
+
 NAME = "ingot"
 
-# query, key, value -> output, of whole lines
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-# the same from and to a part of each line, by other ranks: called with what attends to whole lines
-Exchange: TypeAlias = Callable[[Attend, Tensor, Tensor, Tensor], Tensor]
+
+class Options(NamedTuple):
+    """What a layer asks of attention. `window`: a query sees keys less than so many tokens away (None: all)."""
+
+    causal: bool
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [H]: logits of a key that has no value (gpt-oss)
+    dropout: float = 0.0
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The features that not every backend has."""
+        used = {"window": self.window, "softcap": self.softcap, "sinks": self.sinks, "dropout": self.dropout or None}
+        return frozenset(name for name, value in used.items() if value is not None)
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Where the rows of a line begin and end. `lengths` in tokens; `bounds` int32 [documents + 1] on the device.
-
-    `exchange`: where ranks each hold a part of the line (parallel/context.py); `lengths` are those of the whole line.
-    """
-
-    lengths: tuple[int, ...]
-    bounds: Tensor
-    exchange: Exchange | None = None
-
-    @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device, exchange: Exchange | None = None) -> "Documents":
-        """From lengths alone."""
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        return cls(lengths, bounds.to(device), exchange)
+def implementation(backend: str) -> str:
+    """`model.attention` -> what transformers calls it. auto, where nobody resolved it: sdpa."""
+    return NAME if backend in ("auto", "sdpa") else f"{NAME}_{backend}"
 
 
 def attention(
@@ -50,32 +58,272 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     documents: Documents | None = None,
-    **options: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    *,
+    backend: str = "sdpa",
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, T, D], key and value [B, Hkv, T, D] -> [B, T, H, D]."""
-    if documents is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    attend = partial(_whole_lines, module, documents, options)
-    output = attend(query, key, value) if documents.exchange is None else documents.exchange(attend, query, key, value)
-    return output, None
-
-
-def _whole_lines(
-    module: nn.Module, documents: Documents, options: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
     """query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, D].
 
-    Under an exchange H and K are those of this rank, and K / H may be another than the model's.
+    Raises ModelError for what the backend lacks: lines.py asks before training, so that no run gets here.
     """
-    parts = zip(*(tensor.split(documents.lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *part, None, **options)[0] for part in parts]
-    return torch.cat(outputs, dim=1)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = Options(causal, scale, sliding_window, softcap, s_aux, dropout)
+    name = type(module).__name__
+    if documents is None:
+        if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and attention_mask.is_floating_point():
+            raise ModelError("data.batches", "padding-free", f"{name} is not told where rows end; use padded")
+        if others.get("position_bias") is not None or not (backend == "eager" or options.names & {"softcap", "sinks"}):
+            given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **others}
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+        return _eager(query, key, value, _padded_mask(query, key, attention_mask, causal), options), None
+    if documents.seen is not None:
+        documents.seen.append((options, query.shape[-1], value.shape[-1]))
+    lacking = options.names - FEATURES[backend]
+    if lacking:
+        raise ModelError("model.attention", backend, f"{name} uses {', '.join(sorted(lacking))}; use {able(options)}")
+    if others.get("position_bias") is not None or (documents.exchange is None and key.shape[2] != query.shape[2]):
+        raise ModelError("data.batches", "padding-free", f"{name} is not plain attention within a row; use padded")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if options.sinks is not None and len(options.sinks) != query.shape[1]:
+            raise ModelError("parallel.context", "several ranks", f"{name} has sinks, one a head; use 1")
+        return BACKENDS[backend](query, key, value, documents, options)
+
+    if documents.exchange is not None:
+        return documents.exchange(attend, query, key, value), None
+    return attend(query, key, value), None
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """No mask for lines (they come without a padding mask), transformers' own otherwise."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
+def able(options: Options) -> str:
+    """Backends that have all that `options` asks for, as words."""
+    return " or ".join(name for name, features in FEATURES.items() if options.names <= features)
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, _mask)
+def allowed(documents: Documents, options: Options) -> Tensor:
+    """The definition: [T, T] bool, which key (columns) each token of a line sees."""
+    ids = documents.ids
+    return (ids[:, None] == ids[None, :]) & _seen(len(ids), options, ids.device)
+
+
+def _seen(length: int, options: Options, device: torch.device) -> Tensor:
+    """[L, L] bool: which key each token of one document sees."""
+    places = torch.arange(length, device=device)
+    away = places[:, None] - places[None, :]
+    seen = away >= 0 if options.causal else torch.ones_like(away, dtype=torch.bool)
+    return seen if options.window is None else seen & (away.abs() < options.window)
+
+
+def _padded_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """The mask that sdpa would use [B, 1, Q, S] or [Q, S]; of more keys than queries the first count, as there."""
+    if mask is not None:
+        return mask
+    shape = query.shape[2], key.shape[2]
+    seen = torch.ones(shape, dtype=torch.bool, device=query.device)
+    return seen.tril() if causal and shape[0] > 1 else seen
+
+
+def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: Options) -> Tensor:
+    """[B, H, Q, D], [B, K, S, D] -> [B, Q, H, D] by plain matrix products. `mask`: bool (True: sees) or added."""
+    copies = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
+    scores_BHQS = query @ key.transpose(2, 3) * options.scale
+    if options.softcap is not None:
+        scores_BHQS = options.softcap * torch.tanh(scores_BHQS / options.softcap)
+    if mask.dtype == torch.bool:
+        scores_BHQS = scores_BHQS.masked_fill(~mask, torch.finfo(scores_BHQS.dtype).min)
+    else:
+        scores_BHQS = scores_BHQS + mask
+    if options.sinks is not None:
+        sinks = options.sinks.to(scores_BHQS.dtype).view(1, -1, 1, 1).expand(*scores_BHQS.shape[:3], 1)
+        scores_BHQS = torch.cat([scores_BHQS, sinks], dim=-1)
+    shares = torch.softmax(scores_BHQS, dim=-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[2]]
+    shares = F.dropout(shares, options.dropout)
+    return (shares @ value).transpose(1, 2).contiguous()
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options) -> Tensor:
+    """The whole line at once, all blocks paid for: what the other backends are tested against."""
+    return _eager(query, key, value, allowed(documents, options), options)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options) -> Tensor:
+    """torch's sdpa once for each group of documents of like length: no masked block is computed.
+
+    Causal attention never looks at what fills a document up; otherwise only documents of equal length meet.
+    """
+    groups, taken, back = documents.near if options.causal else documents.equal
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, H, D]
+    if taken is not None:
+        rows = [tensor.index_select(0, taken) for tensor in rows]
+    outputs = []
+    parts = (tensor.split([group.size * group.length for group in groups]) for tensor in rows)
+    for group, *part in zip(groups, *parts, strict=True):
+        heads = [tensor.unflatten(0, group).transpose(1, 2) for tensor in part]
+        windowed = options.window is not None and options.window < group.length
+        output_GHLD = F.scaled_dot_product_attention(
+            heads[0],
+            heads[1],
+            heads[2],
+            attn_mask=_seen(group.length, options, query.device) if windowed else None,
+            dropout_p=options.dropout,
+            is_causal=options.causal and not windowed,
+            scale=options.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(output_GHLD.transpose(1, 2).flatten(0, 1))
+    output_THD = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return (output_THD if back is None else output_THD.index_select(0, back)).unsqueeze(0)
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options) -> Tensor:
+    """`torch.nn.attention.varlen` (2.11 and later; before, it had neither scale nor window). Half precision, CUDA."""
+    kernel = varlen_kernel()
+    assert kernel is not None
+    query, key, value = _half_rows(query, key, value)
+    if "enable_gqa" in inspect.signature(kernel).parameters:
+        extra = {"enable_gqa": query.shape[1] != key.shape[1]}
+    else:  # 2.11 checks nothing, and its kernel shares keys by itself only in some builds
+        extra, copies = {}, query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(copies, dim=1) for tensor in (key, value))
+    bounds, longest = documents.bounds, max(documents.lengths)
+    output_THD = kernel(
+        query, key, value, bounds, bounds, longest, longest, scale=options.scale, window_size=_window(options), **extra
+    )
+    return output_THD.unsqueeze(0)
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options) -> Tensor:
+    """flash-attn's own kernel for lines (Dao 2023). Half precision, CUDA."""
+    try:
+        kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
+    except ImportError as error:
+        raise MissingPackage("flash-attn", "model.attention = flash") from error
+    query, key, value = _half_rows(query, key, value)
+    bounds, longest = documents.bounds, max(documents.lengths)
+    extra = {} if options.softcap is None else {"softcap": options.softcap}
+    output_THD = kernel(
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        dropout_p=options.dropout,
+        softmax_scale=options.scale,
+        causal=options.causal,
+        window_size=_window(options),
+        **extra,
+    )
+    return output_THD.unsqueeze(0)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options) -> Tensor:
+    """FlexAttention, compiled, with a block mask of the documents. CUDA: torch 2.13 has no backward pass for CPUs."""
+    kind = (options.causal, options.window)
+    if kind not in documents.blocks:
+        documents.blocks[kind] = _block_mask(documents, options)
+    softcap, sinks = options.softcap, options.sinks
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    score_mod, gqa = None if softcap is None else capped, query.shape[1] != key.shape[1]
+    block_mask, extra = documents.blocks[kind], {} if sinks is None else _asking_for_lse()
+    output = flex_kernel()(
+        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=options.scale, enable_gqa=gqa, **extra
+    )
+    if sinks is not None:
+        output, more = output
+        lse_BHT = getattr(more, "lse", more)
+        # A sink only joins the sum below: exp(lse) / (exp(lse) + exp(sink)) of the weights are left.
+        output = output * torch.sigmoid(lse_BHT - sinks.float().view(1, -1, 1)).unsqueeze(-1).to(output.dtype)
+    return output.transpose(1, 2).contiguous()
+
+
+def _block_mask(documents: Documents, options: Options) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids, causal, window = documents.ids, options.causal, options.window
+
+    def allow(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = ids[i] == ids[j]
+        if causal:
+            seen = seen & (i >= j)
+        return seen if window is None else seen & ((i - j).abs() < window)
+
+    return create_block_mask(allow, None, None, len(ids), len(ids), device=ids.device)
+
+
+def _asking_for_lse() -> dict[str, Any]:
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    # torch 2.9 renamed it, and warns of the old name from 2.10 on.
+    return {"return_aux": module.AuxRequest(lse=True)} if hasattr(module, "AuxRequest") else {"return_lse": True}
+
+
+@cache
+def flex_kernel() -> Any:
+    """FlexAttention as one fused kernel; uncompiled it would hold the whole matrix of scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@cache
+def varlen_kernel() -> Any:
+    """torch's kernel for lines where this torch has one with a scale and a window, else None."""
+    try:
+        kernel: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+    return kernel if "window_size" in inspect.signature(kernel).parameters else None
+
+
+def _half_rows(*tensors: Tensor) -> list[Tensor]:
+    """[1, H, T, D] -> [T, H, D] in half precision: autocast does not reach these kernels, and norms leave float32."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tensors[-1].dtype
+    return [tensor[0].transpose(0, 1).to(dtype) for tensor in tensors]
+
+
+def _window(options: Options) -> tuple[int, int]:
+    """(left, right) as flash kernels count: how many tokens away, -1 without end."""
+    away = -1 if options.window is None else options.window - 1
+    return away, 0 if options.causal else away
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Documents, Options], Tensor]] = {
+    "sdpa": sdpa,
+    "varlen": varlen,
+    "flash": flash,
+    "flex": flex,
+    "eager": eager,
+}
+# What each can do besides causal and bidirectional attention, a scale, and fewer key than query heads.
+FEATURES: dict[str, frozenset[str]] = {
+    "sdpa": frozenset({"window", "dropout"}),
+    "varlen": frozenset({"window"}),
+    "flash": frozenset({"window", "softcap", "dropout"}),
+    "flex": frozenset({"window", "softcap", "sinks"}),
+    "eager": frozenset({"window", "softcap", "sinks", "dropout"}),
+}
+
+
+def _register(backend: str) -> None:
+    # A function of its own, not a partial: transformers and torch.compile read its name and signature.
+    def attend(*args: Any, **options: Any) -> tuple[Tensor, None]:
+        return attention(*args, backend=backend, **options)
+
+    AttentionInterface.register(implementation(backend), attend)
+    AttentionMaskInterface.register(implementation(backend), sdpa_mask)
+
+
+for _backend in BACKENDS:
+    _register(_backend)

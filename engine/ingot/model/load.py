@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ingot.errors import ModelError
-from ingot.model import attention
+from ingot.model.attention import implementation
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.quantize import QuantizedLinear
 from ingot.model.source import model_folder
@@ -117,7 +117,10 @@ def load_model(
     random = model.initialization == "random"
     path = model_folder(model, folder, weights=not random)
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "attn_implementation": attention.NAME}
+    options: dict[str, Any] = {
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": implementation(model.attention),
+    }
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=model.trust_remote_code)
     if task == "text-classification":
         return _load_classifier(model, path, folder, config, labels, dtype, random, read)
@@ -145,7 +148,7 @@ def _load_classifier(
     options: dict[str, Any] = {
         "trust_remote_code": model.trust_remote_code,
         "dtype": dtype,
-        "attn_implementation": attention.NAME,
+        "attn_implementation": implementation(model.attention),
     }
     kind = AutoModelForSequenceClassification if resolve_pooling(model, folder) == "head" else AutoModel
     loaded: Any

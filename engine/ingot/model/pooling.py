@@ -3,10 +3,11 @@
 Self-contained (torch, safetensors and transformers only): the packager copies this file into the MLflow model.
 """
 
-# B batch, T tokens, D hidden, C classes
+# B batch, T tokens (of a row, or of a line of rows end to end), N rows of a line, D hidden, C classes
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,12 +34,39 @@ class MeanPoolClassifier(nn.Module):
         """The encoder's configuration; `id2label` names the classes."""
         return self.backbone.config
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids and attention_mask [B, T] int64 -> logits [B, C] float32. The mean is taken in float32."""
-        hidden_BTD = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask_BT1 = attention_mask.unsqueeze(-1).float()
-        mean_BD = (hidden_BTD.float() * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1.0)
-        return self.classifier(mean_BD.to(self.classifier.weight.dtype)).float()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        documents: Any = None,
+    ) -> Tensor:
+        """Logits float32; the mean is taken in float32.
+
+        Rows: input_ids and attention_mask [B, T] int64 -> [B, C]. A line of rows end to end: input_ids and position_ids
+        (which start again at 0 with every row) [1, T] int64 and `documents`, where they begin and end -> [N, C].
+        """
+        if documents is None:
+            assert attention_mask is not None
+            hidden_BTD = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            mask_BT1 = attention_mask.unsqueeze(-1).float()
+            mean_BD = (hidden_BTD.float() * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1.0)
+            return self.classifier(mean_BD.to(self.classifier.weight.dtype)).float()
+        assert position_ids is not None
+        inputs = {"attention_mask": attention_mask, "documents": documents}
+        positions_BT = position_ids + self._first_position
+        hidden_TD = self.backbone(input_ids=input_ids, position_ids=positions_BT, **inputs).last_hidden_state[0]
+        sums_ND = hidden_TD.new_zeros(len(documents.lengths), hidden_TD.shape[1], dtype=torch.float32)
+        sums_ND = sums_ND.index_add(0, documents.ids, hidden_TD.float())
+        mean_ND = sums_ND / documents.bounds.diff().unsqueeze(-1)
+        return self.classifier(mean_ND.to(self.classifier.weight.dtype)).float()
+
+    @property
+    def _first_position(self) -> int:
+        """What the encoder calls the first token of a row: RoBERTa and its kin count on from the padding id."""
+        embeddings = getattr(self.backbone, "embeddings", None)
+        counts_on = hasattr(embeddings, "create_position_ids_from_inputs_embeds")
+        return int(embeddings.padding_idx) + 1 if counts_on else 0  # type: ignore[union-attr]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the encoder as a Hugging Face folder with `classifier.safetensors` {weight [C, D], bias [C]} in it."""
