@@ -59,6 +59,7 @@ def _targets(model: nn.Module, adapter: Adapter) -> list[str]:
         if isinstance(module, nn.Linear) and module is not head and name.split(".")[0] not in HEADS
     }
     if adapter.targets == "all-linear":
+        _refuse_fused_experts(model, names)
         return sorted(names)
     for target in adapter.targets:
         if target not in names:
@@ -66,6 +67,21 @@ def _targets(model: nn.Module, adapter: Adapter) -> list[str]:
                 "adapter.targets", target, f"no linear layer of this model is called that; {nearest(target, names)}"
             )
     return list(adapter.targets)
+
+
+def _refuse_fused_experts(model: nn.Module, names: set[str]) -> None:
+    """transformers 5 keeps the experts of a layer in one tensor each, which are no linear layers: an adapter on "all
+    linear layers" would leave out most of the model without a word.
+    """
+    fused = [(name, p.numel()) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+    if fused:
+        share = sum(n for _, n in fused) / sum(p.numel() for p in model.parameters())
+        raise RecipeError(
+            "adapter.targets",
+            "all-linear",
+            f"{share:.0%} of this model are experts in fused tensors such as {fused[0][0]}, which no adapter would "
+            f"reach; name the layers to adapt: [{', '.join(sorted(names))}]",
+        )
 
 
 def trainable_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
