@@ -215,6 +215,7 @@ def _write(
     try:
         made = _encode(part, recipe, home, tokenizer, progress)
         facts = asdict(made.facts) | {"report": made.facts.report.as_dict(), "key": key}
+        facts["rows"] = len(made.train) + len(made.validation)
         with (part / "questions.jsonl").open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(question) + "\n" for question in facts.pop("questions"))
         sizes = {path.name: path.stat().st_size for path in part.iterdir()}
@@ -349,7 +350,7 @@ def entries(root: Path) -> list[dict[str, Any]]:
     for path in root.iterdir() if root.is_dir() else ():
         if path.name.startswith(".") or not (path / "facts.json").is_file():
             continue
-        n_rows = sum((path / f"{name}.lengths.npy").stat().st_size // 8 for name in ("train", "validation"))
+        n_rows = json.loads((path / "facts.json").read_text(encoding="utf-8"))["rows"]
         size = sum(file.stat().st_size for file in path.iterdir())
         found.append({"name": path.name, "rows": n_rows, "bytes": size, "used": path.stat().st_mtime})
     return sorted(found, key=lambda entry: -entry["used"])

@@ -170,7 +170,8 @@ def examples(found: Scan, recipe: Recipe, folder: Path) -> Iterator[tuple[str, i
     for number, reading in enumerate(found.readings):
         n_rows = 0
         rows = (row for row in checked_rows(reading, recipe, folder) if not isinstance(row, BadRow))
-        for example, part in zip(rows, found.part_of[start : start + reading.n_rows].tolist(), strict=False):
+        parts = found.part_of[start : start + reading.n_rows].tolist()
+        for part, example in zip(parts, rows, strict=False):  # in this order, so that no row is taken beyond the last
             n_rows += 1
             if part != LEFT_OUT:
                 yield PARTS[part], number, example

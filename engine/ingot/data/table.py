@@ -1,6 +1,5 @@
 """Rows as Arrow tables: encoded ones in memory or mapped from a file, and texts that are sorted without being held."""
 
-import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -126,13 +125,16 @@ class Digests:
 
 
 class Texts:
-    """Numbers for the groups of equal texts, in the texts' order. A text is kept in a file of `folder` until then."""
+    """Numbers for the groups of equal texts, in the texts' order.
+
+    Until then the texts are in a file of `folder`, where nobody else writes; in memory when it is None.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._digests = array("Q")
         self._pending: list[str] = []
-        self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".texts-") if folder else None  # noqa: SIM115 (groups closes it)
-        self._sink: Any = pa.OSFile(self._file.name, "wb") if self._file else pa.BufferOutputStream()
+        self._path = folder / "texts.arrow" if folder else None
+        self._sink: Any = pa.OSFile(str(self._path), "wb") if self._path else pa.BufferOutputStream()
         self._schema = pa.schema([("text", pa.large_string())])
         self._writer = pa.ipc.new_stream(self._sink, self._schema)
 
@@ -147,9 +149,11 @@ class Texts:
         """[texts]: equal texts share a number, and numbers are in the order of the texts (by code point)."""
         self._flush()
         self._writer.close()
-        source = self._sink.getvalue() if self._file is None else pa.memory_map(self._file.name)
-        if self._file is not None:
+        if self._path is None:
+            source = self._sink.getvalue()
+        else:
             self._sink.close()
+            source = pa.memory_map(str(self._path))
         column = pa.ipc.open_stream(source).read_all()["text"]
         # Bytes of UTF-8 sort as the code points do. Neighbours are compared by digest: no text is copied.
         order = pyarrow.compute.sort_indices(column).to_numpy()
@@ -157,8 +161,8 @@ class Texts:
         fresh = np.diff(digests[order], prepend=~digests[order[:1]]) != 0
         groups = np.empty(len(order), dtype=np.int64)
         groups[order] = np.cumsum(fresh) - 1
-        if self._file is not None:
-            self._file.close()
+        if self._path is not None:
+            self._path.unlink()
         return groups
 
     def _flush(self) -> None:
