@@ -67,10 +67,12 @@ def inputs_of(batch: Batch, sharded: Sharded) -> dict[str, Any]:
         assert batch.attention_BT is not None
         return {"input_ids": batch.ids_BT.to(device), "attention_mask": batch.attention_BT.to(device)}
     assert batch.positions_BT is not None
+    documents = Documents.of(batch.row_lengths, device, exchange_of(sharded.layout))
     return {
         "input_ids": cut(batch.ids_BT).to(device),
+        "attention_mask": documents.mask,
         "position_ids": cut(batch.positions_BT).to(device),
-        "documents": Documents.of(batch.row_lengths, device, exchange_of(sharded.layout)),
+        "documents": documents,
     }
 
 
