@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ingot.evaluation.metrics import METRICS
-from ingot.train import checkpoint
+from ingot.train import shards
 
 
 def refused(done: Any, project: Any, *said: str, code: int = 2) -> None:
@@ -198,22 +198,22 @@ def full_from(step: int, monkeypatch: pytest.MonkeyPatch, everything: bool = Fal
     """Let the disk be full from the checkpoint of `step` on; `everything`: for run.json too."""
     from ingot import runfolder
 
-    save_file, write_json, full = checkpoint.save_file, runfolder.write_json, False
+    save, write_json, full = shards.write, runfolder.write_json, False
 
-    def save(tensors: Any, path: Path) -> None:
+    def write_shards(folder: Path, *args: Any) -> list[str]:
         nonlocal full
-        full = full or int(path.parent.name.strip(".").split("-")[1].split(".")[0]) >= step
+        full = full or int(folder.name.strip(".").split("-")[1].split(".")[0]) >= step
         if full:
-            path.write_bytes(b"half")
+            (folder / "shard").write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save_file(tensors, path)
+        return save(folder, *args)
 
     def write(path: Path, content: Any) -> None:
         if full and everything:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_json(path, content)
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(shards, "write", write_shards)
     monkeypatch.setattr(runfolder, "write_json", write)
 
 
