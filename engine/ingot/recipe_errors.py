@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pydantic
 
 from ingot.errors import RecipeError
-from ingot.recipe import Recipe, Section
+from ingot.recipe import ONE, SEVERAL, Recipe, Section
 from ingot.registry import nearest
 
 Keys = tuple[str | int, ...]
@@ -68,23 +68,25 @@ def translate(invalid: pydantic.ValidationError, draft: Draft) -> RecipeError:
 
 def _locate(error: Any, draft: Draft) -> tuple[Keys, object]:
     """Return the keys and the written value that an error is about."""
+    keys: Keys = ()
     if not error["loc"]:  # a rule over several fields: its message names them, the first is the one to point at
         named = re.findall(r"\b[a-z_]+\.[a-z_]+\b", error["msg"])
-        keys: Keys = tuple(named[0].split(".")) if named else ()
-    elif error["type"] == "missing":
-        return error["loc"], None
-    else:
-        # pydantic adds the tried branch of a union ("list[str]") to the keys: stop where the draft ends.
-        keys = ()
-        value: Any = draft.values
-        for key in error["loc"]:
-            if not ((isinstance(value, dict) and key in value) or (isinstance(value, list) and isinstance(key, int))):
-                break
-            value, keys = value[key], (*keys, key)
-    written: Any = draft.values
-    for key in keys:
-        written = written.get(key) if isinstance(written, dict) else written[int(key)]
-    return keys, written
+        keys = tuple(named[0].split(".")) if named else ()
+        written: Any = draft.values
+        for key in keys:
+            written = written.get(key) if isinstance(written, dict) else None
+        return keys, written
+    place = tuple(key for key in error["loc"] if key not in (ONE, SEVERAL))
+    if error["type"] == "missing":
+        return place, None
+    # pydantic adds the tried branch of a union ("list[str]") to the keys: stop where the draft ends.
+    value: Any = draft.values
+    for key in place:
+        is_index = isinstance(value, list) and isinstance(key, int) and key < len(value)
+        if not (is_index or (isinstance(value, dict) and key in value)):
+            break
+        value, keys = value[key], (*keys, key)
+    return keys, value
 
 
 def _fix(error: Any, keys: Keys, written: object) -> str:
@@ -147,7 +149,8 @@ def _nearest_field(keys: Keys) -> str:
     """Say which field was probably meant: a sibling, the same name elsewhere, or what others call it."""
     every = list(_field_names(Recipe))
     name = str(keys[-1])
-    siblings = [str(known[-1]) for known in every if known[:-1] == keys[:-1]]
+    section = tuple(key for key in keys[:-1] if isinstance(key, str))  # the items of a list are alike
+    siblings = [str(known[-1]) for known in every if known[:-1] == section]
     if not difflib.get_close_matches(name, siblings, n=1, cutoff=0.7):
         elsewhere = [dotted(known) for known in every if known[-1] == name]
         if elsewhere or name in KNOWN_ELSEWHERE:
@@ -156,4 +159,5 @@ def _nearest_field(keys: Keys) -> str:
 
 
 def dotted(keys: Keys) -> str:
-    return ".".join(map(str, keys))
+    """The keys as people write them: `data.train[1].uri`."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")

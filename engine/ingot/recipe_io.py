@@ -21,7 +21,7 @@ from ingot.recipe import Recipe
 from ingot.recipe_errors import Draft, Keys, dotted, translate
 
 # What has no influence on the trained, measured and packaged model.
-NOT_HASHED = frozenset({"name", "description", "output", "parallel", "track", "serve", "diagnose"})
+NOT_HASHED = frozenset({"name", "description", "output", "parallel", "track", "serve", "diagnose", "data.cache"})
 _CORE = "tag:yaml.org,2002:"
 
 
@@ -104,7 +104,8 @@ def recipe_hash(recipe: Recipe) -> str:
 
     The order of keys and defaults that are spelled out change nothing; a new default in a later version does.
     """
-    values = recipe.model_dump(mode="json", exclude=set(NOT_HASHED))
+    whole = {name: True for name in NOT_HASHED if "." not in name}
+    values = recipe.model_dump(mode="json", exclude={**whole, "data": {"cache"}})
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -121,7 +122,9 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     rows = {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#/$defs/Source"}]}
     data = schema["$defs"]["Data"]["properties"]
-    data["train"] = {key: value for key, value in data["train"].items() if key != "$ref"} | rows
+    several = {"type": "array", "minItems": 1, "items": rows}
+    described = {key: value for key, value in data["train"].items() if key not in ("anyOf", "oneOf")}
+    data["train"] = described | {"anyOf": [*rows["anyOf"], several]}
     for name in ("validation", "test"):
         data[name]["anyOf"] = [*rows["anyOf"], {"type": "null"}]
     schema["description"] = "Everything that a run needs, from base model and data to a served package."
@@ -196,21 +199,30 @@ def _unfit_tag(node: yaml.Node, value: str, where: str) -> RecipeError:
 def _apply_override(draft: Draft, override: str) -> None:
     """Write the value of `dotted.field=value` into the draft."""
     name, equals, text = override.partition("=")
-    keys = tuple(name.strip().split("."))
+    keys: Keys = tuple(re.sub(r"\[(\d+)\]", r".\1", name.strip()).split("."))
     place = f"override {override}"
     if not equals or not all(keys):
         raise RecipeError("override", override, "write dotted.field=value, e.g. optim.lr=1e-4")
     if not text.strip():
         raise RecipeError(name, text, "has no value; write null for none or '\"\"' for an empty text", where=place)
-    section = draft.values
-    for end, key in enumerate(keys[:-1], start=1):
-        inner = section.get(key)
-        if isinstance(inner, str) and key in ("train", "validation", "test") and keys[0] == "data":
+    section: Any = draft.values
+    for end in range(1, len(keys)):
+        key, inside = keys[end - 1], dotted(keys[:end])
+        inner = section[key] if isinstance(section, list) else section.get(key)
+        if isinstance(inner, str) and keys[0] == "data" and keys[1] in ("train", "validation", "test"):
             inner = {"uri": inner}  # the short form of a source, see recipe.Rows
+        elif isinstance(inner, list):
+            index = str(keys[end])
+            if not index.isdigit() or int(index) >= len(inner):
+                fix = (
+                    f"{inside} is a list of {len(inner)}; name one of them, e.g. {inside}[0], or override it as a whole"
+                )
+                raise RecipeError(name, inner, fix, where=place)
+            keys = (*keys[:end], int(index), *keys[end + 1 :])
         elif inner is not None and not isinstance(inner, dict):
-            raise RecipeError(name, inner, f"{dotted(keys[:end])} holds one value; override it as a whole", where=place)
+            raise RecipeError(name, inner, f"{inside} holds one value; override it as a whole", where=place)
         draft.places.setdefault(keys[:end], place)
-        section[key] = section = dict(inner or {})
+        section[key] = section = list(inner) if isinstance(inner, list) else dict(inner or {})
     for known in [known for known in draft.places if known[: len(keys)] == keys]:
         del draft.places[known]
     draft.places[keys] = place

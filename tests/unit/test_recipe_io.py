@@ -79,7 +79,7 @@ def test_all_problems_are_listed_in_the_order_of_the_file() -> None:
         ("adapter: {rank: 1.5}", "adapter.rank", "whole number"),
         ("adapter: {targets: 3}", "adapter.targets", "'all-linear' or must be a list"),
         ("train: {group_by_length: 1}", "train.group_by_length", "boolean"),
-        ("optim: {betas: [0.9]}", "optim.betas.1", "missing"),
+        ("optim: {betas: [0.9]}", "optim.betas[1]", "missing"),
         ("optim: {lr: .nan}", "optim.lr", "finite"),
         ("optim: {lr: 1e999}", "optim.lr", "finite"),
         ("optim:", "optim", "section"),
@@ -133,6 +133,51 @@ def test_override_opens_the_short_form_of_rows() -> None:
     assert (recipe.data.train.uri, recipe.data.train.format) == ("rows.jsonl", "csv")
     assert recipe.data.test is not None
     assert recipe.data.columns == {"prompt": "mr"}
+
+
+MIXTURE = BASE.replace("rows.jsonl", "[a.jsonl, {uri: b.jsonl, weight: 3}]")
+
+
+def test_rows_may_be_a_mixture() -> None:
+    recipe = parse_recipe_text(MIXTURE)
+    assert [(source.uri, source.weight) for source in recipe.data.train] == [("a.jsonl", 1.0), ("b.jsonl", 3.0)]
+    assert parse_recipe_text(dump_recipe(recipe)) == parse_recipe_text(dump_recipe(recipe, resolved=False)) == recipe
+    assert '"weight": 3.0' in flat_params(recipe)["data.train"]
+
+
+def test_overrides_reach_into_a_mixture_and_replace_it() -> None:
+    recipe = parse_recipe_text(MIXTURE, ["data.train[1].weight=2", "data.train[0].format=csv"])
+    assert [(source.uri, source.format, source.weight) for source in recipe.data.train] == [
+        ("a.jsonl", "csv", 1.0),
+        ("b.jsonl", "auto", 2.0),
+    ]
+    assert parse_recipe_text(MIXTURE, ["data.train=c.csv"]).data.train.uri == "c.csv"
+    assert len(parse_recipe_text(BASE, ["data.train=[a, b, c]"]).data.train) == 3
+    for override in ("data.train.weight=2", "data.train[2].weight=2"):
+        error = complaint(MIXTURE, override)
+        assert "data.train is a list of 2; name one of them, e.g. data.train[0]" in error.fix
+        assert override in str(error)
+
+
+@pytest.mark.parametrize(
+    ("rows", "field", "fix", "where"),
+    [
+        ("\n  - a\n  - {uri: b, wieght: 2}", "data.train[1].wieght", "did you mean 'weight'?", "r.yaml:7"),
+        ("\n  - a\n  - {uri: b, weight: 0}", "data.train[1].weight", "greater than 0", "r.yaml:7"),
+        ("\n  - a\n  - {format: csv}", "data.train[1].uri", "is missing", "r.yaml:7"),
+        ("\n  - {uri: b, format: cvs}", "data.train[0].format", "'csv'", "r.yaml:6"),
+        ("\n  - a\n  - 3", "data.train[1]", "section", "r.yaml:7"),
+        (" []", "data.train", "at least 1 item", "r.yaml:5"),
+        (" {uri: b, formt: csv}", "data.train.formt", "did you mean 'format'?", "r.yaml:5"),
+        (" 3", "data.train", "section", "r.yaml:5"),
+    ],
+)
+def test_what_is_wrong_with_rows_is_said_of_the_source_alone(rows: str, field: str, fix: str, where: str) -> None:
+    error = complaint(BASE.replace("train: rows.jsonl", f"train:{rows}"))
+    assert (error.field, error.where) == (field, where)
+    assert fix in error.fix
+    assert "list" not in error.fix.lower() or rows == " []"
+    assert "also" not in error.fix
 
 
 @pytest.mark.parametrize(
@@ -196,6 +241,7 @@ def test_hash_sees_results_only() -> None:
     )
     assert recipe_hash(same) == recipe_hash(recipe)
     assert len(recipe_hash(recipe)) == 64
+    assert recipe_hash(parse_recipe_text(BASE, ["data.cache=/elsewhere"])) == recipe_hash(recipe)
     for override in ("optim.lr=1e-4", "train.seed=1", "data.train=other.jsonl", "evaluate.max_rows=10"):
         assert recipe_hash(parse_recipe_text(BASE, [override])) != recipe_hash(recipe)
 
@@ -215,6 +261,13 @@ def test_schema_describes_the_file() -> None:
     assert schema["$id"] == "urn:ingot:recipe"
     assert schema["additionalProperties"] is False
     assert {"type": "string", "minLength": 1} in schema["$defs"]["Data"]["properties"]["train"]["anyOf"]
+    jsonschema = pytest.importorskip("jsonschema")
+    for rows, fits in (
+        ("a", True), ({"uri": "a"}, True), (["a", {"uri": "b", "weight": 2}], True),
+        ([], False), ([{"urii": "b"}], False), (["a", 3], False), (3, False),
+    ):  # fmt: skip
+        recipe = {"name": "a", "model": {"source": "m"}, "data": {"train": rows}}
+        assert jsonschema.Draft202012Validator(schema).is_valid(recipe) == fits, rows
     assert schema["$defs"]["Optim"]["properties"]["lr"]["default"] == 2e-4
     assert set(schema["properties"]) == set(Recipe.model_fields)
     json.dumps(schema)
