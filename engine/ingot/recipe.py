@@ -6,7 +6,7 @@ This is the only place where a knob can exist. Unknown keys are errors, nothing 
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -69,7 +69,6 @@ class Source(Section):
     config: str | None = None
     """Configuration name of a Hugging Face data set."""
 
-
     weight: float = Field(default=1.0, gt=0)
     """Share of the rows of an epoch that comes from here, where `data.train` is a list; relative to the other weights.
     """
@@ -84,7 +83,12 @@ def _as_sources(value: Any) -> Any:
 
 
 Rows = Annotated[Source, BeforeValidator(_as_source)]
-Mixture = Annotated[Source | Annotated[list[Source], Field(min_length=1)], BeforeValidator(_as_sources)]
+ONE, SEVERAL = "one source", "several sources"  # which of the two is wrong, in pydantic's errors; no key is called so
+Mixture = Annotated[
+    Annotated[Source, Tag(ONE)] | Annotated[list[Source], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(lambda value: SEVERAL if isinstance(value, list) else ONE),
+    BeforeValidator(_as_sources),
+]
 
 
 class Data(Section):
