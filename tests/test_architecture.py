@@ -19,7 +19,7 @@ MAX_LINES = 400
 FLOORS = {
     "errors": 0, "registry": 0,
     "recipe": 1, "recipe_errors": 1, "recipe_io": 1,
-    "launch": 2, "ranks": 2, "track": 2, "progress": 2, "catalog": 2, "data": 2, "model": 2, "parallel": 2,
+    "launch": 2, "ranks": 2, "track": 2, "progress": 2, "display": 2, "catalog": 2, "data": 2, "model": 2, "parallel": 2,
     "train": 3, "evaluation": 3,
     "packaging": 4, "serving": 4,
     "runfolder": 5, "preparation": 5, "stages": 5, "assembly": 5, "verbs": 5,
@@ -51,7 +51,7 @@ DOORS = {
     "sacrebleu": ("evaluation/",),
     "rouge_score": ("evaluation/",),
     "matplotlib": ("evaluation/plots.py",),
-    "rich": ("cli.py", "progress.py", "data/inspect.py"),
+    "rich": ("cli.py", "progress.py", "display.py", "data/inspect.py"),
     "typer": ("cli.py",),
     "yaml": ("recipe_io.py", "packaging/", "serving/"),
     "pydantic": ("recipe.py", "recipe_errors.py", "recipe_io.py", "serving/"),

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,12 +17,13 @@ from ingot.launch.detect import detect
 from ingot.launch.value import Ranks
 from ingot.recipe import Parallel
 
-__all__ = ["Ranks", "all_reduce_sum", "broadcast", "on_main", "pick_device", "process_group", "read_ranks"]
+__all__ = ["Ranks", "all_reduce_sum", "broadcast", "idle_gpus", "on_main", "pick_device", "process_group", "read_ranks"]
 
 Value = TypeVar("Value")
 
 # A hang is told by parallel/heartbeat.py with the rank's name; the collective's own end comes behind it.
 BACKSTOP_SHARE, BACKSTOP_S = 1.5, 60.0
+NCCL_END_S = 60.0
 
 
 def read_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
@@ -55,11 +59,11 @@ def idle_gpus(ranks: Ranks) -> str | None:
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, section: Parallel, device: torch.device) -> Iterator[None]:
-    """Bring the process group up for several ranks and take it down again; one rank needs none.
+    """Bring the process group up for several ranks and take it down again; one rank needs none, but for deepspeed.
 
     Raises IngotError when not all ranks come in time.
     """
-    if ranks.world == 1 or dist.is_initialized():
+    if dist.is_initialized() or (ranks.world == 1 and not section.strategy.startswith("zero")):
         yield
         return
     if device.type == "cuda":
@@ -69,28 +73,72 @@ def process_group(ranks: Ranks, section: Parallel, device: torch.device) -> Iter
         try:
             yield
         except BaseException:
-            # NCCL's own end waits for the others, who are stuck or gone. gloo's does not.
-            if dist.is_initialized() and section.backend == "gloo":
+            # NCCL's own end waits for the others, who may be stuck or gone; gloo's does not.
+            if section.backend == "gloo":
                 dist.destroy_process_group()
+            else:
+                _end_within(NCCL_END_S)
             raise
         dist.destroy_process_group()
+
+
+def _end_within(seconds: float) -> None:
+    """End this process `seconds` from now at the latest: threads of NCCL may keep it from ending by itself."""
+    timer = threading.Timer(seconds, os._exit, args=(1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _meet(ranks: Ranks, section: Parallel) -> None:
     """Wait for all ranks; then give collectives the time that they may take."""
     minutes = section.timeout_minutes
     where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    timeout = timedelta(seconds=max(minutes * 60 * BACKSTOP_SHARE, minutes * 60 + BACKSTOP_S))
+    given: dict[str, Any] = {}
     try:
-        dist.init_process_group(
-            section.backend,
-            timeout=timedelta(seconds=max(minutes * 60 * BACKSTOP_SHARE, minutes * 60 + BACKSTOP_S)),
-        )
+        if ranks.world == 1:  # meets nobody, and needs no port that another job may have
+            given = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            given = {"store": _fresh_store(ranks, timeout), "rank": ranks.rank, "world_size": ranks.world}
+        dist.init_process_group(section.backend, timeout=timeout, **given)
     except dist.DistError as error:
         raise IngotError(
             f"rank {ranks.rank} of {ranks.world} ({ranks.launcher}) did not meet the others at {where}: "
             f"{str(error).splitlines()[0]}. Were all {ranks.world} ranks started, and can every node reach "
             f"{where}? Set MASTER_ADDR and MASTER_PORT to a host and a port that it can"
         ) from error
+
+
+def _fresh_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """A part of the store of torchrun's agent that only the ranks of this start write to.
+
+    The agent keeps the store over restarts, and in it where the ranks before listened: gloo then calls dead ones (torch
+    2.13, most of the time when a group is made after the first). Its count of restarts differs between nodes and cannot
+    tell starts apart. So rank 0 invents a name, and hands it to the ranks that ask for it now.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, ranks.world, is_master=False, timeout=timeout)
+    me = uuid.uuid4().hex
+    if ranks.rank > 0:
+        store.set(f"ingot/ask/{ranks.rank}", me)
+        start = store.get(f"ingot/answer/{me}").decode()
+        store.set(f"ingot/heard/{start}/{ranks.rank}", "")
+        return dist.PrefixStore(f"ingot/{start}", store)
+    answered: dict[int, str] = {}  # an asking that is older than this start is answered too, and nobody hears it
+    missing, deadline = set(range(1, ranks.world)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"{ranks.world - len(missing)} of {ranks.world} ranks came")
+        for rank in sorted(missing):
+            if store.check([f"ingot/ask/{rank}"]):
+                asking = store.get(f"ingot/ask/{rank}").decode()
+                if answered.get(rank) != asking:
+                    store.set(f"ingot/answer/{asking}", me)
+                    answered[rank] = asking
+            if store.check([f"ingot/heard/{me}/{rank}"]):
+                missing.discard(rank)
+        time.sleep(0.02)
+    return dist.PrefixStore(f"ingot/{me}", store)
 
 
 @contextlib.contextmanager

@@ -135,6 +135,21 @@ class Tracker:
         if self._sink:
             self._sink.metrics(finite, step, int(now * 1000))
 
+    def rewind(self, step: int) -> None:
+        """Forget the JSONL's lines of steps after `step`: they come again. MLflow keeps its points."""
+        if self._file is None:
+            return
+        path = Path(self._file.name)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        if len(kept) == len(lines):
+            return
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        self._file.close()
+        os.replace(partial, path)
+        self._file = _open_log(path)
+
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file, or a folder with all in it, to the run's artifacts, below `folder` when given."""
         if self._sink:

@@ -59,9 +59,10 @@ def _made(env: Mapping[str, str], names: tuple[str, ...]) -> Ranks:
 def check_master(ranks: Ranks, env: Mapping[str, str]) -> None:
     """Raise IngotError when ranks on several nodes do not know where the first one is: mpirun has no word for it."""
     if ranks.launcher == "mpi" and ranks.world > 1 and ranks.master is None:
+        known = shown(env, OPEN_MPI[0], MVAPICH[0], HYDRA[0])
         raise IngotError(
-            f"mpirun started {ranks.world} ranks on {ranks.nodes} nodes ({shown(env, OPEN_MPI[0], MVAPICH[0], HYDRA[0])}), "
-            "and nothing says where rank 0 is; add: mpirun -x MASTER_ADDR=HOST (mpiexec -genv MASTER_ADDR HOST)"
+            f"mpirun started {ranks.world} ranks on {ranks.nodes} nodes ({known}), and nothing says where rank 0 "
+            "is; add: mpirun -x MASTER_ADDR=HOST (mpiexec -genv MASTER_ADDR HOST)"
         )
 
 

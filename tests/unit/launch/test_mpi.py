@@ -27,7 +27,7 @@ def test_one_machine_needs_no_master_and_two_jobs_on_it_do_not_meet():
 
 
 def test_several_nodes_need_to_know_where_rank_0_is():
-    with pytest.raises(IngotError, match=r"OMPI_COMM_WORLD_RANK=5, .*mpirun -x MASTER_ADDR"):
+    with pytest.raises(IngotError, match=r"OMPI_COMM_WORLD_RANK=5\).*mpirun -x MASTER_ADDR"):
         detect(started(OPEN_MPI, 5, 8, 4))
 
 
