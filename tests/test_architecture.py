@@ -19,7 +19,8 @@ MAX_LINES = 400
 FLOORS = {
     "errors": 0, "registry": 0,
     "recipe": 1, "recipe_errors": 1, "recipe_io": 1,
-    "launch": 2, "ranks": 2, "track": 2, "progress": 2, "display": 2, "catalog": 2, "data": 2, "model": 2, "parallel": 2,
+    "launch": 2, "ranks": 2, "track": 2, "progress": 2, "display": 2,
+    "catalog": 2, "data": 2, "model": 2, "parallel": 2,
     "train": 3, "evaluation": 3,
     "packaging": 4, "serving": 4,
     "runfolder": 5, "preparation": 5, "stages": 5, "assembly": 5, "verbs": 5,

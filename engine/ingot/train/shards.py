@@ -70,18 +70,17 @@ def write(folder: Path, part: Part, rank: int) -> list[str]:
 
 
 class Written:
-    """A state that was written by any number of ranks, open for reading."""
+    """A state that was written by any number of ranks, open for reading.
+
+    `tensors`: name -> shape (`size`), `properties.dtype` and `chunks` of every tensor.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._reader = HuggingFaceStorageReader(str(folder))
         self.metadata: Metadata = self._reader.read_metadata()
-
-    @property
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Name -> shape (`size`), `properties.dtype` and `chunks` of every tensor."""
         found = self.metadata.state_dict_metadata
-        return {name: tensor for name, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
+        self.tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, TensorStorageMetadata)}
 
     def check_complete(self) -> None:
         """Raise CheckpointError when the pieces of a tensor do not make up the whole of it."""
