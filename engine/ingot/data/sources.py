@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -333,7 +333,10 @@ def _parquet(path: Path, name: str, field: str) -> Iterator[Row | BadRow]:
         raise MissingPackage("pyarrow", "reading Parquet files") from error
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+        # One row group after the other: asked for all, pyarrow 25 reads the whole file before it gives the first batch.
+        batches = (file.iter_batches(row_groups=[group]) for group in range(file.num_row_groups))
+        for batch in chain.from_iterable(batches):
             for values in batch.to_pylist():
                 yield Row(values, f"{name}#{number}")
                 number += 1
