@@ -10,6 +10,8 @@ row to another.
 
 import copy
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ingot.errors import FieldError, MissingPackage, RecipeError
 from ingot.model.attention import FEATURES, implementation, varlen_kernel
@@ -123,8 +126,6 @@ def lacking(backend: str, needs: Needs, device: str, dtype: torch.dtype, install
     """Why `backend` cannot do it, or None."""
     if backend in CUDA_ONLY and device != "cuda":
         return "runs on CUDA only" if backend != "flex" else "has a backward pass on CUDA only"
-    if backend in ("varlen", "flash") and backend not in installed:
-        return "needs torch 2.11 or later" if backend == "varlen" else "is not installed"
     missing = sorted(needs.features - FEATURES[backend])
     if missing:
         words = {"softcap": "capped scores", "sinks": "attention sinks", "window": "sliding windows"}
@@ -139,6 +140,8 @@ def lacking(backend: str, needs: Needs, device: str, dtype: torch.dtype, install
             )
     if backend == "flex" and any(min(sizes) < 16 for sizes in needs.head_sizes):
         return "takes heads of at least 16"
+    if backend in ("varlen", "flash") and backend not in installed:
+        return "needs torch 2.11 or later" if backend == "varlen" else "is not installed"
     return None
 
 
@@ -155,6 +158,18 @@ def examine(model: Model, folder: Path, task: Task) -> tuple[str | None, Needs]:
     return trial(config, pooled=task == "text-classification", **options)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from telling the log about a model that nobody asked for."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@_quiet()
 def trial(config: PreTrainedConfig, *, pooled: bool, **options: Any) -> tuple[str | None, Needs]:
     """`examine` for a configuration. `pooled`: through MeanPoolClassifier. `options` are from_config's."""
     kind = AutoModel if pooled else AutoModelForCausalLM
@@ -205,7 +220,8 @@ def _compare(
         own = slice(starts[number], starts[number + 1])
         if gradient[0, own].abs().sum() == 0 or gradient.abs().sum() != gradient[:, own].abs().sum():
             return f"{name} carries information from one row of a line to the next", Needs()
-    worst = max(float((part - one).abs().max() / one.abs().max()) for part, one in zip(parts, alone, strict=True))
+    pairs = zip(together.detach().split([len(part) for part in alone]), alone, strict=True)
+    worst = max(float((part - one).abs().max() / one.abs().max()) for part, one in pairs)
     if not worst <= CLOSE:
         return f"{name} gives other outputs for rows end to end than for rows alone", Needs()
     names = frozenset[str]().union(*(options.names for options, _, _ in asked.seen))

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
+from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, RobertaConfig, RobertaModel
 
+from ingot.model.attention import implementation
+from ingot.model.documents import Documents
 from ingot.model.pooling import CLASSIFIER_FILE, MeanPoolClassifier, class_probabilities
 
 SIZES: dict[str, Any] = {
@@ -28,6 +30,12 @@ def _bert() -> MeanPoolClassifier:
 def _modern() -> MeanPoolClassifier:
     torch.manual_seed(0)
     return MeanPoolClassifier(ModernBertModel(ModernBertConfig(**SIZES, **SPECIALS)), 3).eval()
+
+
+def _roberta() -> MeanPoolClassifier:
+    torch.manual_seed(0)
+    config = RobertaConfig(**{**SIZES, "pad_token_id": 1}, max_position_embeddings=32)
+    return MeanPoolClassifier(RobertaModel(config, add_pooling_layer=False), 3).eval()
 
 
 def test_padding_changes_nothing() -> None:
@@ -74,3 +82,66 @@ def test_probabilities_come_in_input_order_whatever_the_batches() -> None:
         alone = torch.softmax(model(ids_BT, torch.ones_like(ids_BT)), -1)[0].tolist()
         assert one == pytest.approx(alone, abs=1e-6)
         assert other == pytest.approx(alone, abs=1e-6)
+
+
+LENGTHS = (7, 1, 4, 7)
+
+
+def _line(model: MeanPoolClassifier, ids_BT: torch.Tensor) -> torch.Tensor:
+    documents = Documents.of(LENGTHS, torch.device("cpu"))
+    positions_BT = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
+    return model(ids_BT, documents.mask, positions_BT, documents)
+
+
+@pytest.mark.parametrize("make", [_bert, _modern, _roberta])
+def test_rows_of_a_line_get_what_they_get_padded(make: Any) -> None:
+    """Logits and the gradient of every weight."""
+    model = make()
+    torch.nn.init.normal_(model.classifier.bias)
+    ids_BT = torch.randint(5, 50, (1, sum(LENGTHS)))
+    rows = ids_BT.split(LENGTHS, dim=1)
+    pad_id = model.config.pad_token_id
+    padded_BT = torch.cat([torch.nn.functional.pad(row, (0, 7 - row.shape[1]), value=pad_id) for row in rows])
+    mask_BT = (torch.arange(7) < torch.tensor(LENGTHS).unsqueeze(1)).long()
+    gradients, weights_NC = [], torch.randn(4, 3)
+    for implement, answer in (
+        ("sdpa", lambda: model(padded_BT, mask_BT)),
+        (implementation("sdpa"), lambda: _line(model, ids_BT)),
+    ):
+        model.backbone.set_attn_implementation(implement)
+        logits_NC = answer()
+        assert logits_NC.dtype == torch.float32
+        gradients.append([logits_NC, *torch.autograd.grad((logits_NC * weights_NC).sum(), list(model.parameters()))])
+    for padded, line in zip(*gradients, strict=True):
+        torch.testing.assert_close(line, padded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [_bert, _modern, _roberta])
+def test_no_gradient_crosses_the_rows_of_a_line(make: Any) -> None:
+    model, embedded = make(), []
+    model.backbone.set_attn_implementation(implementation("sdpa"))
+    model.backbone.get_input_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: embedded.append(output)
+    )
+    logits_NC = _line(model, torch.randint(5, 50, (1, sum(LENGTHS))))
+    start = 0
+    for row, length in enumerate(LENGTHS):
+        [gradient] = torch.autograd.grad(logits_NC[row].square().sum(), embedded[0], retain_graph=True)
+        own = slice(start, start + length)
+        assert gradient[0, own].abs().sum() > 0
+        gradient[0, own] = 0
+        assert gradient.abs().max() == 0
+        start += length
+
+
+def test_the_mean_of_a_line_is_taken_in_float32() -> None:
+    model = _bert().to(torch.bfloat16)
+    model.backbone.set_attn_implementation(implementation("sdpa"))
+    ids_BT = torch.randint(5, 50, (1, sum(LENGTHS)))
+    found: list[torch.Tensor] = []
+    model.classifier.register_forward_hook(lambda _module, inputs, _output: found.append(inputs[0]))
+    states: list[torch.Tensor] = []
+    model.backbone.register_forward_hook(lambda _module, _inputs, output: states.append(output.last_hidden_state[0]))
+    _line(model, ids_BT)
+    means_ND = torch.stack([part.float().mean(0) for part in states[0].split(LENGTHS)])
+    torch.testing.assert_close(found[0], means_ND.to(torch.bfloat16), rtol=0, atol=0)
