@@ -1,11 +1,10 @@
 """Rows that are streamed: which rows meet in which step, what is read when, and what is wrong with a stream."""
 
-import gc
 import itertools
 import json
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import pytest
@@ -218,15 +217,16 @@ def test_two_windows_are_held_and_no_third(home, encoded, monkeypatch):
         return found
 
     monkeypatch.setattr(stream.RowWriter, "rows", rows)
-    steps = feed(home, stream_window_rows=100).start(Cursor())
-    most = 0
-    for portion in itertools.islice(steps, 100):
+    steps = feed(home, stream_window_rows=100, train={"tokens_per_step": 16}).start(Cursor())
+    most, in_flight = 0, deque(maxlen=3)  # what train/prefetch.py may hold: two made ahead, one being learned
+    for portion in itertools.islice(steps, 150):
+        in_flight.append(portion)
         del portion
-        gc.collect()
+        threading.Event().wait(0.005)  # a step that takes its time: whoever reads ahead gets ahead
         most = max(most, sum(found() is not None for found in made))
     steps.close()
     assert len(made) > 5
-    assert most == 2
+    assert most <= 2
 
 
 def test_closing_ends_the_thread_without_encoding_the_rest(home, encoded):
