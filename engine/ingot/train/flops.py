@@ -115,7 +115,8 @@ class Flops:
         return {
             "6n": 6 * (body + head) * tokens + 3 * attention,
             "lora_aware": needed,
-            # The blocks' forward pass once more; the head is outside of them.
+            # The blocks' forward pass once more; the head is outside of them. (torch leaves out a block's last product,
+            # as nothing in the backward pass needs its result.)
             "hardware": needed + 2 * body * tokens + attention,
         }
 
