@@ -25,7 +25,6 @@ SUMMED = "replicated_with_grad_allreduce"
 # None: whole on every rank. Where the base layer takes and gives whole features, so does the adapter.
 FACTORS: dict[str, tuple[str | None, str | None]] = {
     "colwise": (None, "colwise"),
-    "packed_colwise": (None, "packed_colwise"),
     "rowwise": ("rowwise", None),
     "colwise_gather_output": (None, None),
     "colwise_rep": (None, None),
@@ -49,12 +48,23 @@ def split(model: nn.Module, mesh: DeviceMesh, rank: int) -> None:
             f"transformers has no tensor-parallel plan for {type(inner).__name__}; cut it by parallel.strategy=fsdp",
         )
     _check_heads(inner, plan, mesh.size())
+    styled = list(_styles(inner, plan))
+    whole = _held_elsewhere(inner, styled)
     cut: dict[int, nn.Parameter] = {}  # tied weights are cut once
-    for name, module, style in list(_styles(inner, plan)):
+    for name, module, style in styled:
+        if any(id(parameter) in whole for parameter in module.parameters(recurse=False)):
+            continue
         for key, parameter in list(module.named_parameters(recurse=False)):
             own = plan.get(replace_layer_number_by_wildcard(f"{name}.{key}"), style)
             if own is None or own == SUMMED:
                 continue
+            if own.startswith("packed") and parameter.requires_grad:
+                raise RecipeError(
+                    "parallel.tensor",
+                    mesh.size(),
+                    f"{name}.{key} of {type(inner).__name__} is cut in stripes, which a checkpoint cannot put together "
+                    "for other ranks; train adapters, or all weights by parallel.strategy=fsdp",
+                )
             if id(parameter) not in cut:
                 ALL_PARALLEL_STYLES[own].shard_param(module, key, mesh)
                 cut[id(parameter)] = getattr(module, key)
@@ -62,6 +72,8 @@ def split(model: nn.Module, mesh: DeviceMesh, rank: int) -> None:
         if style == SUMMED:
             _sum_gradients(module, mesh.get_group())
         elif style is not None:
+            if style == "mla_kv_a_proj":  # reads there where its output is cut
+                vars(module)["config"] = inner.config.get_text_config()
             ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
     for name, module in inner.named_modules():
         style = plan.get(replace_layer_number_by_wildcard(name))
@@ -80,15 +92,23 @@ def _styles(inner: PreTrainedModel, plan: dict[str, str]) -> Iterator[tuple[str,
             yield name, module, plan.get(replace_layer_number_by_wildcard(name))
 
 
+def _held_elsewhere(inner: nn.Module, styled: list[tuple[str, nn.Module, str | None]]) -> set[int]:
+    """Ids of parameters of modules without a place in the plan. What is tied to one of them stays whole."""
+    planned = {id(module) for _, module, _ in styled}
+    others = [module for module in inner.modules() if id(module) not in planned]
+    return {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+
+
 def _split_adapter(name: str, module: Any, style: str, mesh: DeviceMesh, rank: int) -> None:
     """Cut the factors of the adapter around a base layer of `style`."""
-    if style not in FACTORS or len(module.lora_magnitude_vector):
-        what = "a DoRA adapter (its norms are those of whole rows)" if style in FACTORS else f"an adapter over {style}"
-        raise RecipeError(
-            "adapter.targets",
-            name,
-            f"{what} cannot be cut as parallel.tensor={mesh.size()} cuts the layer; leave it out",
+    if len(module.lora_magnitude_vector):
+        fix = f"its norms are those of whole rows, which parallel.tensor={mesh.size()} cuts; use false"
+        raise RecipeError("adapter.dora", True, fix)
+    if style not in FACTORS:
+        fix = (
+            f"parallel.tensor={mesh.size()} cuts this layer as {style}, and no adapter can be cut with it; leave it out"
         )
+        raise RecipeError("adapter.targets", name, fix)
     for factors, factor_style in zip((module.lora_A, module.lora_B), FACTORS[style], strict=True):
         for factor in factors.values():
             if factor_style is not None:

@@ -58,10 +58,11 @@ def check(model: nn.Module, size: int) -> None:
         raise RecipeError(
             "parallel.context",
             size,
-            f"{type(model).__name__} carries a state from token to token outside of attention "
-            f"({', '.join(mixers) or 'a stateful model'}), which would end where a rank's part of a line ends; "
-            "use parallel.context=1",
+            f"{type(model).__name__} mixes tokens by other means than full or sliding attention "
+            f"({', '.join(mixers) or 'a state'}), which would end where a rank's part of a line ends; use 1",
         )
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        raise RecipeError("parallel.context", size, f"{type(model).__name__} has attention sinks, one a head; use 1")
 
 
 class _Swap(torch.autograd.Function):
