@@ -84,6 +84,11 @@ RULES = (
         "the blocks that share a scale cannot be cut with the matrix; use fsdp, or quantization.kind=none",
     ),
     Rule(
+        "parallel.tensor",
+        lambda c: c.tensor > 1 and c.strategy in ZERO,
+        "DeepSpeed cuts whole parameters and takes none that are cut already; use fsdp or ddp with tensor",
+    ),
+    Rule(
         "parallel.offload",
         lambda c: c.offload == "optimizer" and c.strategy not in ZERO,
         "only zero1, zero2 and zero3 keep the optimizer alone in CPU memory; use one of them, or offload=parameters "
