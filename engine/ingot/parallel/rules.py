@@ -89,6 +89,11 @@ RULES = (
         "DeepSpeed cuts whole parameters and takes none that are cut already; use fsdp or ddp with tensor",
     ),
     Rule(
+        "parallel.tensor",
+        lambda c: c.tensor > 1 and c.strategy == "hsdp",
+        "ranks of a node would be both a copy and a tensor group; use fsdp, which cuts over the groups",
+    ),
+    Rule(
         "parallel.offload",
         lambda c: c.offload == "optimizer" and c.strategy not in ZERO,
         "only zero1, zero2 and zero3 keep the optimizer alone in CPU memory; use one of them, or offload=parameters "
