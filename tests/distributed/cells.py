@@ -32,7 +32,7 @@ from ingot.data.rows import ListRows
 from ingot.data.template import Encoded
 from ingot.model.adapters import attach_adapter, trainable_tensors
 from ingot.model.quantize import quantized
-from ingot.parallel.sharded import recompute_blocks
+from ingot.parallel.sharded import MODEL, recompute_blocks
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.recipe_io import parse_recipe
@@ -147,7 +147,8 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
         fit(sharded, rows, recipe, checkpoints, resume=cell.get("resume", False), on_step=(watch,))
     except Died:
         checkpoints.wait()
-    weights = {f"weight/{name}": whole(value) for name, value in trainable_tensors(model)}
+    state = sharded.state()
+    weights = {f"weight/{name.removeprefix(MODEL)}": whole(state[name]) for name in state if name.startswith(MODEL)}
     if ranks.main:
         save_file({**{f"grad/{name}": value for name, value in first.items()}, **weights}, out / f"{cell['name']}.st")
         curve = {
@@ -177,12 +178,9 @@ def launch(n_ranks: int, cells: list[dict[str, Any]], out: Path) -> list[subproc
     roots = os.pathsep.join(str(Path(__file__).resolve().parents[2] / name) for name in ("engine", "kernels"))
     env = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "PYTHONPATH": roots}
     command = [sys.executable, "-W", "ignore", __file__, str(out / "cells.json"), str(out)]
-    return [
-        subprocess.Popen(
-            command, env={**env, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(n_ranks)
-    ]
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_ranks)]
+    return [subprocess.Popen(command, env={**env, **number}, **said) for number in numbers]
 
 
 def finished(processes: list[subprocess.Popen[str]], seconds: float = 400) -> None:

@@ -45,6 +45,8 @@ TURNED_AWAY = {
         "quantization.kind",
         "use fsdp",
     ),
+    "zero cut by tensor": (2, {"parallel": {"strategy": "zero2", "tensor": 2}}, "parallel.tensor", "use fsdp or ddp"),
+    "copies cut by tensor": (4, {"parallel": {"strategy": "hsdp", "tensor": 2}}, "parallel.tensor", "use fsdp"),
     "optimizer of ddp": (2, {"parallel": {"strategy": "ddp", "offload": "optimizer"}}, "parallel.offload", "zero1"),
     "parameters of zero2": (
         2,
