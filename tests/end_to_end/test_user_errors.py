@@ -249,7 +249,7 @@ def test_full_disk_at_the_model_keeps_the_checkpoints(ingot, project, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "os", SimpleNamespace(replace=full))
+        patch.setattr(export, "os", SimpleNamespace(replace=full, environ=os.environ))
         done = ingot("finetune", project.recipe)
     assert done.code == 1
     assert "No space left on device" in done.err
