@@ -12,7 +12,7 @@ from ingot.recipe import Recipe
 from ingot.recipe_io import json_schema, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("run", "finetune", "evaluate", "package", "serve", "inspect", "schema", "runs")
+VERBS = ("run", "finetune", "evaluate", "package", "serve", "inspect", "schema", "runs", "cache")
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
@@ -142,3 +142,18 @@ def test_inspect_of_an_unknown_part_names_the_parts(recipe_file):
     result = ingot("inspect", recipe_file, "--part", "dev")
     assert result.exit_code == 2
     assert "validation" in result.stderr
+
+
+def test_the_cache_is_listed_and_cleared(tmp_path, monkeypatch):
+    monkeypatch.setenv("INGOT_CACHE", str(tmp_path))
+    assert "nothing is cached" in ingot("cache").stdout
+    for name in ("rows.jsonl-0123", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "facts.json").write_text('{"rows": 1234}')
+    (tmp_path / "rows.jsonl-0123" / "train.arrow").write_bytes(b"0" * 2_000_000)
+    shown = ingot("cache").stdout
+    assert "rows.jsonl-0123  1,234  2.0" in " ".join(shown.split("\n")).replace("   ", "  ")
+    [entry] = json.loads(ingot("cache", "--json").stdout)["entries"]
+    assert (entry["name"], entry["rows"], entry["bytes"]) == ("rows.jsonl-0123", 1234, 2_000_014)
+    assert "2.0 MB freed" in ingot("cache", tmp_path, "--clear").stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # what is no entry is not touched

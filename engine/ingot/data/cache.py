@@ -117,8 +117,11 @@ def encoded(recipe: Recipe, home: Path, tokenizer: Tokenizer, progress: Progress
 
 def cache_folder(data: Data, home: Path) -> Path:
     """`data.cache` (relative paths start at `home`), else INGOT_CACHE, else `~/.cache/ingot`."""
-    if data.cache is not None:
-        return home / Path(data.cache).expanduser()
+    return default_folder() if data.cache is None else home / Path(data.cache).expanduser()
+
+
+def default_folder() -> Path:
+    """INGOT_CACHE, else `~/.cache/ingot`."""
     return Path(os.environ.get("INGOT_CACHE") or Path("~/.cache/ingot").expanduser())
 
 
@@ -345,12 +348,16 @@ class _Encoder:
 
 
 def entries(root: Path) -> list[dict[str, Any]]:
-    """Every entry of the cache `root`, newest use first: `name`, `rows`, `bytes`, `used` (seconds since 1970)."""
+    """Every entry of the cache `root`, newest use first: `name`, `rows` (None: damaged), `bytes`, `used` (seconds since
+    1970).
+    """
     found = []
     for path in root.iterdir() if root.is_dir() else ():
-        if path.name.startswith(".") or not (path / "facts.json").is_file():
+        if path.name.startswith(".") or not all((path / name).is_file() for name in ("facts.json", "train.arrow")):
             continue
-        n_rows = json.loads((path / "facts.json").read_text(encoding="utf-8"))["rows"]
+        n_rows = None
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            n_rows = json.loads((path / "facts.json").read_text(encoding="utf-8"))["rows"]
         size = sum(file.stat().st_size for file in path.iterdir())
         found.append({"name": path.name, "rows": n_rows, "bytes": size, "used": path.stat().st_mtime})
     return sorted(found, key=lambda entry: -entry["used"])

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from ingot.data.conversation import Document, Labeled
-from ingot.data.splits import load_splits
+from ingot.data.splits import load_splits, report_from
 from ingot.errors import DataError
 from ingot.recipe import Recipe
 
@@ -245,3 +245,90 @@ def test_dialogsum_as_it_is(shared_dir):
     splits = load_splits(recipe("text-generation", **options), shared_dir / "data")
     assert sum(splits.report.counts.values()) == 500
     assert splits.train[0].prompt.endswith("\n\nSummary:")
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_is_read_source_by_source_and_drawn_from_each(tmp_path):
+    write(tmp_path, "a.jsonl", labeled(200))
+    write(tmp_path, "b.jsonl", [{"text": f"b {n}", "label": "bbbc"[n % 4]} for n in range(100)])
+    mixture = [{"uri": "a.jsonl", "weight": 5}, "b.jsonl"]
+    splits = load_splits(recipe(train=mixture, test_share=0.2, validation_share=0.1), tmp_path)
+    assert splits.labels == ("a", "b", "c")
+    names = [row.where.split(":")[0] for row in splits.train]
+    assert names == sorted(names)
+    assert splits.report.sources == {"train[0]": names.count("a.jsonl"), "train[1]": names.count("b.jsonl")}
+    # In proportion to each label of each source, whatever the weights: what is measured is not what is learned most.
+    for part, share in ((splits.test, 0.2), (splits.validation, 0.1)):
+        drawn = Counter((row.where[0], row.label) for row in part)
+        for (source, label), size in {("a", "a"): 134, ("a", "b"): 66, ("b", "b"): 75, ("b", "c"): 25}.items():
+            assert abs(drawn[source, label] - share * size) <= 1
+    assert splits.report.as_dict()["sources"] == splits.report.sources
+    weighed = [{"uri": "a.jsonl", "weight": 1}, {"uri": "b.jsonl", "weight": 9}]
+    again = load_splits(recipe(train=weighed, test_share=0.2, validation_share=0.1), tmp_path)
+    assert (again.train, again.test) == (splits.train, splits.test)
+
+
+def test_an_input_of_two_sources_stays_on_one_side(tmp_path):
+    for name in "ab":
+        write(tmp_path, f"{name}.jsonl", [{"prompt": f"question {n}", "completion": name} for n in range(60)])
+    splits = load_splits(recipe("text-generation", train=["a.jsonl", "b.jsonl"], test_share=0.3), tmp_path)
+    sides = [{row.prompt for row in part} for part in (splits.train, splits.validation, splits.test)]
+    assert all(sides)
+    assert all(one.isdisjoint(other) for one, other in itertools.combinations(sides, 2))
+
+
+@pytest.mark.parametrize("wrong", ["gone.jsonl", "empty.jsonl", "columns.jsonl"])
+def test_what_is_wrong_with_one_source_names_it(tmp_path, wrong):
+    write(tmp_path, "a.jsonl", labeled(30))
+    write(tmp_path, "empty.jsonl", [])
+    write(tmp_path, "columns.jsonl", [{"txt": "a", "label": "b"}])
+    with pytest.raises(DataError) as caught:
+        load_splits(recipe(train=["a.jsonl", wrong]), tmp_path)
+    assert "data.train[1].uri" in str(caught.value)
+
+
+def test_bad_rows_of_a_mixture_name_their_source(tmp_path):
+    write(tmp_path, "a.jsonl", [*labeled(30), "{"])
+    write(tmp_path, "b.jsonl", [*labeled(30), "[", "{"])
+    with pytest.raises(DataError) as caught:
+        load_splits(recipe(train=["a.jsonl", "b.jsonl"], max_bad_rows=2), tmp_path)
+    assert "\n  data.train[0]: a.jsonl:31: not JSON" in str(caught.value)
+    assert "\n  data.train[1]: b.jsonl:32: not JSON" in str(caught.value)
+    report = load_splits(recipe(train=["a.jsonl", "b.jsonl"], max_bad_rows=3), tmp_path).report
+    assert {name: len(rows) for name, rows in report.bad_rows.items()} == {"train[0]": 1, "train[1]": 2}
+
+
+def test_max_train_rows_leaves_no_source_out(tmp_path):
+    write(tmp_path, "a.jsonl", [{"text": f"a {n}"} for n in range(500)])
+    write(tmp_path, "b.jsonl", [{"text": f"b {n}"} for n in range(10)])
+    options = {"train": ["a.jsonl", "b.jsonl"], "validation_share": 0.0, "test_share": 0.0}
+    report = load_splits(recipe("language-modeling", max_train_rows=2, **options), tmp_path).report
+    assert report.sources == {"train[0]": 1, "train[1]": 1}
+    with pytest.raises(DataError, match=r"leaves no row of data\.train\[[01]\]") as caught:
+        load_splits(recipe("language-modeling", max_train_rows=1, **options), tmp_path)
+    assert caught.value.field == "data.max_train_rows"
+
+
+def test_a_streamed_part_is_not_read(tmp_path):
+    write(tmp_path, "other.jsonl", [{"text": f"t{n}"} for n in range(5)])
+    streamed = {"train": "endless.jsonl", "streaming": True, "validation_share": 0.0, "test": "other.jsonl"}
+    splits = load_splits(recipe("language-modeling", **streamed), tmp_path)
+    assert (len(splits.train), len(splits.test)) == (0, 5)
+    assert splits.report.counts == {"validation": 0, "test": 5}
+    assert splits.report.origins["train"] == "streamed"
+
+
+def test_only_the_parts_that_are_asked_for_are_held(tmp_path):
+    write(tmp_path, "train.jsonl", labeled(100))
+    whole, part = load_splits(recipe(), tmp_path), load_splits(recipe(), tmp_path, ("test",))
+    assert part.test == whole.test
+    assert (part.train, part.validation) == ([], [])
+    assert (part.labels, part.report) == (whole.labels, whole.report)
+
+
+def test_a_report_comes_back_from_json(tmp_path):
+    write(tmp_path, "a.jsonl", [*labeled(30), "{"])
+    report = load_splits(recipe(train=["a.jsonl", "a.jsonl"], max_bad_rows=2), tmp_path).report
+    assert report_from(json.loads(json.dumps(report.as_dict()))) == report
