@@ -13,14 +13,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ingot.data.loader import Batch
 from ingot.errors import NotFinite
 from ingot.parallel.sharded import Sharded
 
 FOLDER = "not-finite"  # in a run's folder
-LISTED_ROWS = 5
+LISTED_ROWS, LISTED_RANKS = 5, 3
 ADVICE = {
     "weight": "the weights were bad before this step: take an earlier checkpoint and a lower optim.lr, or mend the "
     "model's files",
@@ -85,19 +84,34 @@ def not_finite(
     sharded.drop()
     with _watched(sharded.plain, findings):
         learn()
-    if findings.kind == "nothing" and not isinstance(sharded.wrapped, DistributedDataParallel):
-        # Hooks never see the gradients of weights that a strategy swaps for whole ones while it computes. (DDP's are
-        # sums over ranks by now: a bad one is bad on every rank.)
+    rank = sharded.layout.ranks.rank
+    reports = _gathered(_report(findings, reason, rank, batches, where, folder, step))
+    if not reports:
+        # Hooks never see gradients of weights that a strategy swaps for whole ones while it computes, nor the sums over
+        # ranks. Last, because a bad sum is bad on every rank, whoever's part of it was.
         for name, parameter in sharded.plain.named_parameters():
             if parameter.grad is not None:
-                findings.look("gradient", f"gradient of {name}", parameter.grad)
+                findings.look("gradient", f"summed gradient of {name}", parameter.grad)
+        findings.microbatch = None
+        reports = _gathered(_report(findings, reason, rank, batches, where, folder, step))
     sharded.drop()
-    mine = _report(findings, reason, sharded.layout.ranks.rank, batches, where, folder, step)
-    reports = [found for found in _gathered(mine) if found is not None]
-    kinds = [str(found["kind"]) for found in reports]
+    kinds = [found.kind for found in reports]
     kind = next((kind for kind in ADVICE if kind in kinds), "nothing")
-    detail = "; ".join(str(found["text"]) for found in reports) or "every tensor of the repeated step is finite"
-    return NotFinite(f"{reason}; no weight was changed by it. {detail}. To do: {ADVICE[kind]}")
+    # A bad weight is on every rank that has a copy of it; only some may have met it.
+    met = [found.text for found in reports if found.met] or [found.text for found in reports[:1]]
+    rows = ", ".join([name for names in where for name in names][:LISTED_ROWS])
+    detail = "; ".join(met[:LISTED_RANKS]) or f"Every tensor of the repeated step is finite; its first rows are {rows}"
+    more = f"; and on {len(met) - LISTED_RANKS} more ranks" if len(met) > LISTED_RANKS else ""
+    return NotFinite(f"{reason}; no weight was changed by it. {detail}{more}. To do: {ADVICE[kind]}")
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Of one rank that found something. `met`: a batch of its own led to it."""
+
+    kind: str
+    text: str
+    met: bool
 
 
 def _report(
@@ -108,7 +122,7 @@ def _report(
     where: Sequence[Sequence[str]],
     folder: Path,
     step: int,
-) -> dict[str, str] | None:
+) -> _Report | None:
     """What this rank has to say; saves its bad batch."""
     if findings.kind == "nothing":
         return None
@@ -125,7 +139,7 @@ def _report(
             text += f". Its batch cannot be saved ({error.strerror})"
         more = f" and {len(rows) - LISTED_ROWS} more" if len(rows) > LISTED_ROWS else ""
         text += f", rows {', '.join(rows[:LISTED_ROWS])}{more}"
-    return {"kind": findings.kind, "text": text}
+    return _Report(findings.kind, text, number is not None)
 
 
 def save_batch(batch: Batch, stem: Path, facts: Mapping[str, Any]) -> Path:
@@ -198,9 +212,10 @@ def _bad(tensor: Tensor) -> str | None:
     )
 
 
-def _gathered(report: dict[str, str] | None) -> list[dict[str, str] | None]:
-    if not dist.is_initialized():
-        return [report]
-    found: list[dict[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, report)
-    return found
+def _gathered(report: _Report | None) -> list[_Report]:
+    """Those of all ranks, on all ranks."""
+    found: list[_Report | None] = [report]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, report)
+    return [other for other in found if other is not None]

@@ -169,6 +169,16 @@ def test_batch_that_cannot_be_saved_keeps_the_message(untied, lists, curve, tmp_
         curve(sharded, lists, recipe, folder=tmp_path / "file")
 
 
+def test_sum_that_overflows_names_no_wrong_tensor(untied, row_lists, curve):
+    """Every tensor is finite and the norm is not: the squares of large gradients overflow."""
+    sharded, recipe = untied()
+    sharded.plain.model.norm.weight.register_hook(lambda gradient: gradient * 1e25)
+    with pytest.raises(
+        NotFinite, match=r"norm is inf.*Every tensor .* is finite; its first rows are row:\d+.*overflow"
+    ):
+        curve(sharded, row_lists, recipe)
+
+
 def test_hooks_are_gone_afterwards(sharded):
     findings = diagnosis._Findings()
     with diagnosis._watched(sharded.plain, findings):
