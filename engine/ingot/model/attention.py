@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ingot.errors import MissingPackage, ModelError
+from ingot.errors import ModelError
 from ingot.model.documents import Attend as Attend
 from ingot.model.documents import Documents as Documents
 from ingot.model.documents import Exchange as Exchange
@@ -186,7 +186,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, opti
     """`torch.nn.attention.varlen` (2.11 and later; before, it had neither scale nor window). Half precision, CUDA."""
     kernel = varlen_kernel()
     assert kernel is not None
-    query, key, value = _half_rows(query, key, value)
+    query, key, value = _rows(query, key, value)
     if "enable_gqa" in inspect.signature(kernel).parameters:
         extra = {"enable_gqa": query.shape[1] != key.shape[1]}
     else:  # 2.11 checks nothing, and its kernel shares keys by itself only in some builds
@@ -200,14 +200,11 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, opti
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options) -> Tensor:
-    """flash-attn's own kernel for lines (Dao 2023). Half precision, CUDA."""
-    try:
-        kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
-    except ImportError as error:
-        raise MissingPackage("flash-attn", "model.attention = flash") from error
-    query, key, value = _half_rows(query, key, value)
+    """flash-attn's own kernel for lines (Dao 2023); 2.6 and later caps scores. Half precision, CUDA."""
+    kernel = flash_kernel()
+    assert kernel is not None
+    query, key, value = _rows(query, key, value)
     bounds, longest = documents.bounds, max(documents.lengths)
-    extra = {} if options.softcap is None else {"softcap": options.softcap}
     output_THD = kernel(
         query,
         key,
@@ -220,13 +217,14 @@ def flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, optio
         softmax_scale=options.scale,
         causal=options.causal,
         window_size=_window(options),
-        **extra,
+        softcap=options.softcap or 0.0,
     )
     return output_THD.unsqueeze(0)
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options) -> Tensor:
     """FlexAttention, compiled, with a block mask of the documents. CUDA: torch 2.13 has no backward pass for CPUs."""
+    query, key, value = _alike(query, key, value)
     kind = (options.causal, options.window)
     if kind not in documents.blocks:
         documents.blocks[kind] = _block_mask(documents, options)
@@ -287,10 +285,26 @@ def varlen_kernel() -> Any:
     return kernel if "window_size" in inspect.signature(kernel).parameters else None
 
 
-def _half_rows(*tensors: Tensor) -> list[Tensor]:
-    """[1, H, T, D] -> [T, H, D] in half precision: autocast does not reach these kernels, and norms leave float32."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tensors[-1].dtype
-    return [tensor[0].transpose(0, 1).to(dtype) for tensor in tensors]
+@cache
+def flash_kernel() -> Any:
+    """flash-attn's kernel for lines where a version that caps scores is installed and loads, else None."""
+    try:
+        kernel: Any = importlib.import_module("flash_attn").flash_attn_varlen_func
+    except ImportError:
+        return None
+    return kernel if "softcap" in inspect.signature(kernel).parameters else None
+
+
+def _alike(*tensors: Tensor) -> list[Tensor]:
+    """All in the type that matrix products run in: autocast does not reach these kernels, and norms leave float32."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """[1, H, T, D] -> [T, H, D], all in one type."""
+    return [tensor[0].transpose(0, 1) for tensor in _alike(*tensors)]
 
 
 def _window(options: Options) -> tuple[int, int]:
@@ -316,7 +330,9 @@ FEATURES: dict[str, frozenset[str]] = {
 }
 
 
-def _register(backend: str) -> None:
+def register(backend: str) -> None:
+    """Let models be loaded with an entry of BACKENDS."""
+
     # A function of its own, not a partial: transformers and torch.compile read its name and signature.
     def attend(*args: Any, **options: Any) -> tuple[Tensor, None]:
         return attention(*args, backend=backend, **options)
@@ -326,4 +342,4 @@ def _register(backend: str) -> None:
 
 
 for _backend in BACKENDS:
-    _register(_backend)
+    register(_backend)

@@ -9,7 +9,6 @@ row to another.
 # T tokens of the line, V outputs of a row (logits of its tokens, or of its classes), D hidden
 
 import copy
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.utils import logging
 
 from ingot.errors import FieldError, MissingPackage, RecipeError
-from ingot.model.attention import FEATURES, implementation, varlen_kernel
+from ingot.model.attention import FEATURES, flash_kernel, implementation, varlen_kernel
 from ingot.model.documents import Documents
 from ingot.model.load import resolve_pooling
 from ingot.model.pooling import MeanPoolClassifier
@@ -111,15 +110,15 @@ def pick(
         and "flash" not in installed
         and lacking(name, needs, device, dtype, installed | {"flash"}) is None
     ):
-        raise MissingPackage("flash-attn", "model.attention=flash")
+        raise MissingPackage("'flash-attn>=2.6'", "model.attention=flash")
     able = [other for other in FEATURES if lacking(other, needs, device, dtype, installed) is None]
     raise RecipeError("model.attention", name, f"{name} {lack}; use {' or '.join(able)}, or auto")
 
 
 def available() -> frozenset[str]:
     """Optional backends whose code is on this machine."""
-    found = {"varlen"} if varlen_kernel() is not None else set()
-    return frozenset(found | ({"flash"} if importlib.util.find_spec("flash_attn") is not None else set()))
+    kernels = {"varlen": varlen_kernel(), "flash": flash_kernel()}
+    return frozenset(name for name, kernel in kernels.items() if kernel is not None)
 
 
 def lacking(backend: str, needs: Needs, device: str, dtype: torch.dtype, installed: frozenset[str]) -> str | None:

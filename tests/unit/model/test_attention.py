@@ -1,8 +1,11 @@
 """Attention within documents: every backend is what its definition says, and no gradient crosses a border."""
 
+import inspect
 import random
+import sys
 from collections.abc import Callable
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +167,89 @@ def test_on_a_gpu_every_backend_is_its_definition(backend: str, kind: tuple[str,
     for one, other in zip(gradients, torch.autograd.grad((wanted * weights).sum(), exact), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=close * 2, atol=close * 2)
     assert crossing(lambda *tensors: BACKENDS[backend](*tensors, documents, options), inputs, LENGTHS) == 0
+
+
+def kernel_by_hand(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *, scale: float, causal: bool, window: Any, softcap: float = 0.0
+) -> Tensor:
+    """What flash kernels do with [T, H, D] and (left, right) windows, slowly."""
+    output = torch.zeros_like(q)
+    copies = q.shape[1] // k.shape[1]
+    for start, end in pairwise(bounds.tolist()):
+        for head, token in product(range(q.shape[1]), range(start, end)):
+            first = start if window[0] < 0 else max(start, token - window[0])
+            last = end if window[1] < 0 and not causal else min(end, token + (0 if causal else window[1]) + 1)
+            scores = k[first:last, head // copies] @ q[token, head] * scale
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            output[token, head] = torch.softmax(scores, 0) @ v[first:last, head // copies]
+    return output
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", [(), ("window",)])
+@pytest.mark.parametrize("old", [False, True], ids=["2.13", "2.11"])
+def test_varlen_is_called_as_it_wants(
+    kind: tuple[str, ...], causal: bool, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's kernel runs on CUDA only: here one with its signature, and the one of 2.11, which shares no keys."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    installed = inspect.signature(varlen.varlen_attn)
+
+    def newest(query: Tensor, key: Tensor, value: Tensor, *rest: Any, enable_gqa: bool = False, **named: Any) -> Tensor:
+        installed.bind(query, key, value, *rest, enable_gqa=enable_gqa, **named)
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+        window = named["window_size"]
+        return kernel_by_hand(query, key, value, rest[0], scale=named["scale"], causal=False, window=window)
+
+    def oldest(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: Any = None, window_size: Any = (-1, -1)) -> Tensor:
+        assert q.shape == k.shape
+        assert rest[2:] == (max(LENGTHS), max(LENGTHS))
+        return kernel_by_hand(q, k, v, rest[0], scale=scale, causal=False, window=window_size)
+
+    monkeypatch.setattr(module, "varlen_kernel", lambda: oldest if old else newest)
+    inputs, options = [tensor.detach() for tensor in tensors()], asked(*kind, causal=causal)
+    got = BACKENDS["varlen"](*inputs, Documents.of(LENGTHS, CPU), options)
+    torch.testing.assert_close(got, by_hand(*inputs, LENGTHS, options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", [(), ("window",), ("softcap", "window")])
+def test_flash_is_called_as_it_wants(kind: tuple[str, ...], causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+    ) -> Tensor:
+        assert softmax_scale is not None
+        assert (dropout_p, max_seqlen_q, max_seqlen_k) == (0.0, max(LENGTHS), max(LENGTHS))
+        assert cu_seqlens_q.dtype == torch.int32
+        return kernel_by_hand(
+            q, k, v, cu_seqlens_k, scale=softmax_scale, causal=causal, window=window_size, softcap=softcap
+        )
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    module.flash_kernel.cache_clear()
+    inputs, options = [tensor.detach() for tensor in tensors()], asked(*kind, causal=causal)
+    got = BACKENDS["flash"](*inputs, Documents.of(LENGTHS, CPU), options)
+    module.flash_kernel.cache_clear()
+    torch.testing.assert_close(got, by_hand(*inputs, LENGTHS, options), rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_get_the_type_that_autocast_would_give() -> None:
+    norm, projected = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {t.dtype for t in module._rows(norm, norm, projected)} == {torch.bfloat16}
+    assert {t.dtype for t in module._rows(norm, norm, projected)} == {torch.bfloat16}
+    assert {t.dtype for t in module._rows(norm, norm, norm)} == {torch.float32}
 
 
 def test_groups_hold_every_token_once() -> None:
