@@ -12,7 +12,7 @@ ORDER = {"start": 0, "data": 1, "forward": 2, "backward": 2, "communication": 3,
 LAST = 6  # checkpoint, and what a later loop may add
 SHOWN_RANKS = 8
 BEAT_BYTES = 1024
-_PLAIN = re.compile(r"[^ !#-\[\]-~]+")  # what JSON writes as itself
+_SPECIAL = re.compile(r"[^ !#-\[\]-~]+")  # what JSON writes longer
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Beat:
     def to_bytes(self) -> bytes:
         """One padded line, always as long: written over the line before, it takes no new place on a full disk."""
         spare = BEAT_BYTES - 1 - len(json.dumps(vars(self) | {"left": ""}))
-        left = _PLAIN.sub(" ", self.left)[: max(0, spare)]
+        left = _SPECIAL.sub(" ", self.left.replace('"', "'"))[: max(0, spare)]
         return json.dumps(vars(self) | {"left": left}).ljust(BEAT_BYTES - 1).encode() + b"\n"
 
     @classmethod

@@ -37,7 +37,7 @@ SILENT_S = 10.0
 SHARED_DISK_S = 30.0
 DONE, TERMINATED = "done", "stopped by SIGTERM"
 # What gloo, NCCL and the store say when a peer is gone. Other errors are defects, and shown at once.
-_PEER_GONE = re.compile(r"connection|closed by peer|reset|broken pipe|socket|nccl|gloo|timed? ?out", re.IGNORECASE)
+_PEER_GONE = re.compile(r"connection|by peer|broken pipe|socket|nccl|gloo|timed? ?out|another rank", re.IGNORECASE)
 _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 
 
@@ -59,8 +59,8 @@ class Heartbeat:
     """A context around training. `at` says where this rank is; a thread writes it down and watches the others.
 
     folder: the same new folder on all ranks. timeout_s: how long a rank may keep the others waiting. words: phase ->
-    collective (`blame.collectives`). advice: how to go on, the end of the message. on_lost: called with the message, on
-    the one rank that prints it, before the process ends.
+    collective (`blame.collectives`). advice: how to go on, for the end of the message. on_lost: called with the
+    message, on the one rank that prints it, before the process ends.
 
     When a collective's failure leaves the context and a rank is gone, RankLost is raised from it. When the main thread
     waits in a collective and cannot raise, the thread prints the message and ends the process with exit code 1.
@@ -73,7 +73,7 @@ class Heartbeat:
         timeout_s: float,
         words: Mapping[str, str] | None = None,
         *,
-        advice: str = "",
+        advice: Callable[[], str] = lambda: "",
         on_lost: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.folder, self.ranks, self.timeout_s = folder, ranks, timeout_s
@@ -163,7 +163,7 @@ class Heartbeat:
             if found := blame.stalled(beats, self.timeout_s, self.words):
                 self._end(self._story(found))
             elif blame.all_stuck(beats, self.ranks.world, self.timeout_s):
-                self._end(blame.stuck_story(beats, self.words, self.advice))
+                self._end(blame.stuck_story(beats, self.words, self.advice()))
 
     def _end_after(self, grace_s: float, now: float, gone: list[Lost] | None) -> None:
         """Leave the main thread `grace_s` to end by the collective that fails."""
@@ -187,7 +187,7 @@ class Heartbeat:
 
     def _explain(self, error: BaseException) -> str | None:
         """The message for a failed collective; None when all ranks are well and the error is another one's."""
-        peer_gone = isinstance(error, CheckpointError) or _PEER_GONE.search(str(error)) is not None
+        peer_gone = _PEER_GONE.search(str(error)) is not None
         silent_s = min(SILENT_S, self.timeout_s)
         deadline = time.monotonic() + (silent_s + 3.0 if peer_gone else 0.0)
         while True:
@@ -201,7 +201,7 @@ class Heartbeat:
                 break
             time.sleep(0.1)
         if _LATE.search(str(error)) and isinstance(error, RuntimeError):
-            return blame.stuck_story(self._beats(), self.words, self.advice)
+            return blame.stuck_story(self._beats(), self.words, self.advice())
         return None
 
     def _gone(self, ranks: Iterable[int], silent_s: float) -> list[Lost]:
@@ -238,7 +238,7 @@ class Heartbeat:
     def _story(self, lost: list[Lost]) -> str:
         with contextlib.suppress(OSError):
             self._look(self._others)
-        return blame.story(lost, self._beats(), self.words, self.advice)
+        return blame.story(lost, self._beats(), self.words, self.advice())
 
     def _beat(self) -> Beat:
         step, phase, since = self._here
