@@ -1,0 +1,39 @@
+"""An adapter over a quantized base, from recipe to scores: what is exported is what was trained."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ingot.model.quantize import rounded
+from ingot.recipe import Quantization
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_exported_model_is_the_trained_one(ingot, project, kind):
+    project.write(quantization={"kind": kind})
+    done = ingot("run", project.recipe)
+    assert done.code == 0, done.err
+    facts = json.loads((project.run / "run.json").read_text())["stages"]["finetune"]
+    assert facts["merge_difference"] < 1e-4
+    base = AutoModelForCausalLM.from_pretrained(project.values["model"]["source"])
+    assert facts["parameters"] - facts["trainable_parameters"] == sum(p.numel() for p in base.parameters())
+    merged = AutoModelForCausalLM.from_pretrained(project.run / "model")
+    adapter = load_file(project.run / "adapter" / "adapter_model.safetensors")
+    over = rounded(AutoModelForCausalLM.from_pretrained(project.values["model"]["source"]), Quantization(kind=kind))
+    for layer in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
+        a, b = (adapter[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+        learned_over = merged.get_submodule(layer).weight - 2.0 * b @ a
+        torch.testing.assert_close(learned_over, over.get_submodule(layer).weight, rtol=0, atol=1e-6)
+        assert (learned_over - base.get_submodule(layer).weight).abs().max() > 1e-5
+    assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+def test_quantized_full_fine_tuning_is_refused(ingot, project):
+    done = ingot("finetune", project.write(quantization={"kind": "nf4"}, adapter={"kind": "none"}))
+    assert done.code == 2
+    assert "quantization.kind = 'nf4'" in done.err
+    assert "adapter.kind=lora" in done.err
+    assert not project.runs
