@@ -39,7 +39,7 @@ from ingot.recipe_io import parse_recipe
 from ingot.train.checkpoint import Checkpoints
 from ingot.train.loop import Rows, fit
 
-VOCABULARY = 97
+VOCABULARY, HALF = 97, 50
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -70,14 +70,20 @@ def small_model(kind: str, **changes: Any) -> nn.Module:
     return model
 
 
-def random_rows(n: int, seed: int, shortest: int = 4, longest: int = 24) -> list[Encoded]:
-    """Rows of uneven length with a masked prompt of uneven length: what makes means of means go wrong."""
+def random_rows(n: int, seed: int, shortest: int = 4, longest: int = 24, *, two_kinds: bool = False) -> list[Encoded]:
+    """Rows of uneven length with a masked prompt of uneven length: what makes means of means go wrong.
+
+    `two_kinds`: every second row has other words than the rest (from HALF on), and only these rows are learned.
+    """
     draw = random.Random(seed)
     rows = []
     for number in range(n):
         length = draw.randint(shortest, longest)
         prompt = draw.randint(1, length - 1)
         ids = [draw.randrange(3, VOCABULARY) for _ in range(length)]
+        if two_kinds:
+            prompt = 1 if number % 2 else length
+            ids = [draw.randrange(HALF, VOCABULARY) if number % 2 else draw.randrange(3, HALF) for _ in range(length)]
         rows.append(Encoded(ids, [position >= prompt for position in range(length)], None, f"row:{number}"))
     return rows
 
@@ -103,6 +109,17 @@ def whole(tensor: Tensor) -> Tensor:
     """A copy of all of it, from all ranks that hold parts."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone().contiguous()
+
+
+def same_on_all_ranks(model: nn.Module) -> bool:
+    """Whether what every rank holds whole has the same bits on all."""
+    plain = [p.detach().flatten() for _, p in trainable_tensors(model) if not isinstance(p, DTensor)]
+    if not plain or not dist.is_initialized():
+        return True
+    least, most = torch.cat(plain), torch.cat(plain)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return torch.equal(least, most)
 
 
 def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
@@ -149,9 +166,11 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
         checkpoints.wait()
     state = sharded.state()
     weights = {f"weight/{name.removeprefix(MODEL)}": whole(state[name]) for name in state if name.startswith(MODEL)}
+    same = same_on_all_ranks(model)
     if ranks.main:
         save_file({**{f"grad/{name}": value for name, value in first.items()}, **weights}, out / f"{cell['name']}.st")
         curve = {
+            "same": same,
             "losses": [info.loss for info in infos],
             "norms": [info.grad_norm for info in infos],
             "watched": [info.validation_loss for info in infos if info.validation_loss is not None],
