@@ -9,7 +9,7 @@ import pytest
 from ingot.errors import IngotError
 from ingot.recipe import Recipe
 from ingot.recipe_io import load_recipe, parse_recipe, recipe_hash
-from ingot.runfolder import create_run, list_runs, open_run, versions, write_json
+from ingot.runfolder import create_run, find_run, list_runs, open_run, versions, write_json
 
 
 def make_recipe(output: Path, name: str = "tiny") -> Recipe:
@@ -81,6 +81,22 @@ def test_list_is_newest_first_with_scores(tmp_path):
     assert [record["folder"] for record in found] == [str(new.folder), str(old.folder)]
     assert [record["metrics"] for record in found] == [scores, {}]
     assert list_runs(tmp_path / "nothing") == []
+
+
+def test_a_restarted_job_finds_its_unfinished_run(tmp_path):
+    recipe, gone = make_recipe(tmp_path / "runs"), {"pid": 1, "born": "0", "machine": "another"}
+    mine = create_run(recipe, tmp_path, "slurm::7")
+    assert find_run(recipe, "slurm::7") is None, "its process is alive: the job trains twice at a time"
+    for run in (mine, create_run(recipe, tmp_path, "slurm::8"), create_run(recipe, tmp_path)):
+        run.note(process=gone)
+    assert find_run(recipe, "slurm::7") == mine
+    assert find_run(recipe, "slurm::9") is None
+    assert find_run(recipe, None) is None
+    assert (
+        find_run(recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 1})}), "slurm::7") is None
+    )
+    mine.note(status="finished")
+    assert find_run(recipe, "slurm::7") is None
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -64,6 +64,19 @@ def test_resumed_log_survives_a_killed_write(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "none.jsonl") == []
 
 
+def test_steps_that_are_done_again_are_forgotten(tmp_path: Path) -> None:
+    with Tracker.start(Track(enabled=False), tmp_path, "run", {}, True) as tracker:
+        for step in range(1, 6):
+            tracker.metrics({"train_loss": 1.0}, step)
+        tracker.rewind(5)
+        tracker.rewind(3)
+        tracker.metrics({"train_loss": 2.0}, 4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["metrics"]["train_loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+    Tracker.start(Track(enabled=False), tmp_path / "other", "run", {}, False).rewind(0)
+    assert not (tmp_path / "other").exists()
+
+
 def test_params_are_chosen_cut_and_redacted() -> None:
     params = {f"other.{index}": "x" * 600 for index in range(250)} | {"optim.lr": "0.1", "model.hub_token": "abc"}
     chosen = choose_params(params)
