@@ -273,14 +273,17 @@ def _encode(folder: Path | None, recipe: Recipe, home: Path, tokenizer: Tokenize
     """Read, split and encode everything: into files of `folder`, or into memory."""
     found = scan(recipe, home, folder)
     counts = {name: int((found.part_of == number).sum()) for number, name in enumerate(PARTS)}
-    with progress.stage("encode", total=counts["train"] + counts["validation"], unit="rows") as bar:
+    total = counts["train"] + counts["validation"]
+    with (progress if total else Progress(quiet=True)).stage("encode", total=total, unit="rows") as bar:
         encoder = _Encoder(folder, found, recipe, tokenizer, bar)
         for part, source, example in examples(found, recipe, home):
             encoder.add(part, source, example)
         encoder.finish()
     for number, reading in enumerate(found.readings):
         if reading.part == "train" and not encoder.kept[number]:
-            fix = f"no training row of {reading.field} keeps a trainable token; raise it"
+            n_rows = found.report.sources.get(reading.name, counts["train"])
+            of = f" of {reading.field}" if len(found.report.sources) > 1 else ""
+            fix = f"none of {n_rows} training rows{of} keeps a trainable token; raise it"
             raise DataError("data.max_tokens", recipe.data.max_tokens, fix)
     sources = [encoder.kept[number] for number, reading in enumerate(found.readings) if reading.part == "train"]
     dropped = DroppedReport(counts["train"], encoder.truncated, encoder.n_dropped, encoder.dropped[:LISTED_DROPS])

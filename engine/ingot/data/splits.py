@@ -43,7 +43,7 @@ class DataReport:
     """What was read: rows per part, where each part is from, the bad rows, and inputs shared with training."""
 
     counts: dict[str, int]
-    """Streaming: without `train`."""
+    """Streaming: those that are given."""
     origins: dict[str, str]
     """`given`, `drawn from train`, or `streamed`."""
     bad_rows: dict[str, list[BadRow]]
@@ -283,8 +283,8 @@ def _report(
     counts = {name: len(found) for name, found in rows.items()}
     shared = {name: int(np.isin(groups[rows[name]], groups[rows["train"]]).sum()) for name in PARTS[1:]}
     if data.streaming:
-        del counts["train"]
-        return DataReport(counts, origins | {"train": "streamed"}, bad)
+        given = {reading.part: counts[reading.part] for reading in readings}
+        return DataReport(given, origins | {"train": "streamed"}, bad)
     sources: dict[str, int] = {}
     start = 0
     for reading in readings:

@@ -316,7 +316,7 @@ def test_a_streamed_part_is_not_read(tmp_path):
     streamed = {"train": "endless.jsonl", "streaming": True, "validation_share": 0.0, "test": "other.jsonl"}
     splits = load_splits(recipe("language-modeling", **streamed), tmp_path)
     assert (len(splits.train), len(splits.test)) == (0, 5)
-    assert splits.report.counts == {"validation": 0, "test": 5}
+    assert splits.report.counts == {"test": 5}
     assert splits.report.origins["train"] == "streamed"
 
 
