@@ -157,3 +157,22 @@ def test_the_cache_is_listed_and_cleared(tmp_path, monkeypatch):
     assert (entry["name"], entry["rows"], entry["bytes"]) == ("rows.jsonl-0123", 1234, 2_000_014)
     assert "2.0 MB freed" in ingot("cache", tmp_path, "--clear").stdout
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # what is no entry is not touched
+
+
+@pytest.mark.parametrize("verb", ["run", "finetune"])
+def test_flags_for_a_look_inside_are_settings(verb, recipe_file, monkeypatch):
+    from ingot import verbs
+
+    seen = []
+
+    def stop(recipe, **options):
+        seen.append(recipe.diagnose.model_dump())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs, verb, stop)
+    ingot(verb, recipe_file, "--profile", 3, "--memory-snapshot")
+    ingot(verb, recipe_file)
+    assert seen == [
+        {"profile_steps": 3, "memory_snapshot": True},
+        {"profile_steps": 0, "memory_snapshot": False},
+    ]
