@@ -29,7 +29,11 @@ INSTALL = [
     "uvicorn>=0.30",
 ]
 EXTRAS = {
+    "deepspeed": ["deepspeed>=0.18"],  # parallel.strategy zero1, zero2, zero3
+    "quantization": ["bitsandbytes>=0.48"],  # quantization.kind nf4
     "dev": [
+        "bitsandbytes>=0.48",
+        "deepspeed>=0.18",
         "httpx>=0.27",
         "jsonschema>=4.21",
         "mypy>=1.15",
