@@ -7,11 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ingot.errors import RecipeError
+from ingot.errors import NotFinite, RecipeError
+from ingot.ranks import Ranks
 from ingot.train import guard
-from ingot.train.checkpoint import Checkpoints
+from ingot.train.checkpoint import Checkpoints, Progress
 from ingot.train.guard import LEAST_STEPS, RECENT_STEPS, is_spike
-from ingot.train.loop import fit
+from ingot.train.loop import _rewound, fit
 from ingot.train.objectives import OBJECTIVES
 
 SPIKE_AT = 31
@@ -42,9 +43,11 @@ def spiked(monkeypatch, row_lists, make_recipe, make_sharded, make_feed, tmp_pat
     step: what a broken file in the middle of a set does.
     """
     original = OBJECTIVES["language-modeling"]
-    count = {"step": 0, "spikes": {SPIKE_AT}}
+    count = {"step": 0, "spikes": {SPIKE_AT}, "nan": 0}
 
     def objective(sharded, batch, divisor, section):
+        if torch.is_grad_enabled() and count["step"] + 1 == count["nan"]:
+            return original(sharded, batch, divisor, section) * torch.nan
         if torch.is_grad_enabled() and count["step"] + 1 in count["spikes"]:
             ids = batch.labels_BT
             batch = replace(batch, labels_BT=torch.where(ids < 0, ids, 3 + (ids * 31 + 17) % 90))
@@ -52,14 +55,14 @@ def spiked(monkeypatch, row_lists, make_recipe, make_sharded, make_feed, tmp_pat
 
     monkeypatch.setitem(OBJECTIVES, "language-modeling", objective)
 
-    def run(on_spike, name="", *, first=0, spikes=(SPIKE_AT,), resume=False, on_step=(), **train):
+    def run(on_spike, name="", *, first=0, spikes=(SPIKE_AT,), nan=0, resume=False, on_step=(), **train):
         # The same short rows at every step: the loss falls evenly, and what is not one of them stands out.
         lists = ([row_lists[0][0]] * 8, row_lists[1])
         recipe = make_recipe(
             train={"max_steps": 40, "spike_factor": 3, "on_spike": on_spike, "checkpoint_every_steps": 10, **train},
             optim={"lr": 1e-2, "schedule": "constant"},
         )
-        count.update(step=first, spikes=set(spikes))
+        count.update(step=first, spikes=set(spikes), nan=nan)
         sharded, infos, said, weights = make_sharded(recipe), [], [], []
 
         def note(info):
@@ -125,8 +128,22 @@ def test_losses_that_stay_high_stop_being_spikes(spiked):
 
 
 def test_spikes_do_not_use_up_the_budget_for_what_is_not_finite(spiked):
-    infos, _, _ = spiked("skip", spikes=(29, SPIKE_AT), nonfinite_budget=1)
-    assert sum(not info.applied for info in infos) == 2
+    infos, said, _ = spiked("skip", spikes=(29, SPIKE_AT), nan=35, nonfinite_budget=1)
+    assert [info.step for info in infos if not info.applied] == [29, SPIKE_AT, 35]
+    assert "step 35: the loss is nan; the step is left out (1 of at most 1)" in said
+    with pytest.raises(NotFinite, match="step 29"):
+        spiked("skip", "none", spikes=(28,), nan=29)
+
+
+@pytest.mark.parametrize(("skipped", "expected"), [(1, (9.0, 9.1)), (6, (1.0, 9.9))], ids=["learned", "only spikes"])
+def test_weights_of_a_checkpoint_are_compared_with_their_own_losses(monkeypatch, tmp_path, skipped, expected):
+    """Ten steps back losses were higher: by those of now every next one would be a spike."""
+    checkpoints = Checkpoints(tmp_path, Ranks(), "hash", 2)
+    then = Progress(steps=99, recipe_hash="hash", step=40, skipped=1, recent_losses=(9.0, 9.1))
+    monkeypatch.setattr(Checkpoints, "load", lambda *_: then)
+    (tmp_path / "last").touch()
+    now = Progress(steps=99, recipe_hash="hash", step=45, skipped=skipped, recent_losses=(1.0, 9.9))
+    assert _rewound(None, checkpoints, now, print) == expected
 
 
 def test_resumed_run_sees_the_same_losses_before(spiked):
