@@ -6,6 +6,7 @@ transformers' making, and moved into the one that trains.
 """
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class ShardReader:
     def __call__(self, kind: Any, path: Path, **options: Any) -> nn.Module:
         """`kind.from_pretrained(path, **options)`, without memory for what is read. New weights are drawn as there."""
         before = torch.get_rng_state()
-        with _quiet():
+        with _quiet(), _own_device():
             hull, info = kind.from_pretrained(path, **options, device_map="meta", output_loading_info=True)
             cut = kind.from_pretrained(path, **options, distributed_config=self._config(hull))
         new = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
@@ -120,6 +121,19 @@ def _place(places: Places, tensor: Tensor, requires_grad: bool) -> None:
     parameter = nn.Parameter(tensor, requires_grad=requires_grad)
     for module, key, _ in places:
         setattr(module, key, parameter)
+
+
+@contextlib.contextmanager
+def _own_device() -> Iterator[None]:
+    """transformers binds this rank to the GPU LOCAL_RANK, which may not be its number: a task of Slurm sees one GPU."""
+    before = os.environ.get("LOCAL_RANK")
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 @contextlib.contextmanager

@@ -52,7 +52,12 @@ class FullySharded(Sharded):
         with torch.autocast(
             self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32, cache_enabled=False
         ):
-            return self.wrapped(**inputs)
+            output = self.wrapped(**inputs)
+        if not torch.is_grad_enabled():
+            # The root waits for a backward pass that does not come: its whole tensors would stand in the places of the
+            # parameters that the optimizer and checkpoints know.
+            self._root.reshard()
+        return output
 
     @contextlib.contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
