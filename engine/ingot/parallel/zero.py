@@ -7,15 +7,17 @@ Read against deepspeed 0.19.8. One value owns the loss divisor: deepspeed averag
 # w ranks, R rows of a tensor (its first dimension)
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ingot.errors import MissingPackage
 from ingot.model.adapters import trainable_tensors
@@ -24,6 +26,7 @@ from ingot.parallel.optim import make_optimizer
 from ingot.parallel.sharded import MODEL, OPTIMIZER, Sharded, fresh_moments
 from ingot.recipe import Optim, Parallel
 
+Fill = Callable[[nn.Module], None]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Elements that are reduced or gathered at a time. deepspeed's 5e8 takes 2 GB of float32 beside the model; from a tenth
 # of it on links are full.
@@ -48,10 +51,60 @@ def stage2(
 
 
 def stage3(
-    model: nn.Module, layout: Layout, section: Parallel, optim: Optim, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    layout: Layout,
+    section: Parallel,
+    optim: Optim,
+    device: torch.device,
+    dtype: torch.dtype,
+    fill: Fill | None = None,
 ) -> Sharded:
-    """Parameters are cut too, frozen ones included, and gathered module by module when they are used."""
+    """Parameters are cut too, frozen ones included, and gathered module by module when they are used.
+
+    `fill` puts this rank's rows into what lies on the meta device, once it is there as DTensors.
+    """
+    if fill is not None:
+        _filled(model, fill, section, device)
     return _start(3, model, layout, section, optim, device, dtype)
+
+
+def _filled(model: nn.Module, fill: Fill, section: Parallel, device: torch.device) -> None:
+    """Let `fill` read this rank's rows, and make them ZeRO-3's parts. One parameter at a time is whole."""
+    deepspeed = _joined(device)
+    config = settings(3, model, section, device)
+    # Parameters that live in CPU memory go there at once.
+    mesh = init_device_mesh("cpu" if section.offload == "parameters" else device.type, (dist.get_world_size(),))
+    for parameter, places in _places(model):
+        if parameter.is_meta:
+            _place(places, distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None), parameter)
+    fill(model)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)  # deepspeed moves those of a model that it cuts by itself
+    todo = _places(model)
+    while todo:
+        parameter, places = todo.pop()
+        if isinstance(parameter, DTensor):
+            whole = _place(places, _whole(parameter.detach(), device), parameter)
+            deepspeed.zero.Init(module=nn.ParameterList([whole]), config_dict_or_path=config)
+
+
+Places = list[tuple[nn.Module, str]]
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Parameter, Places]]:
+    """Every parameter with all (module, name in it) where it stands: tied ones stand in two."""
+    found: dict[int, tuple[nn.Parameter, Places]] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            found.setdefault(id(parameter), (parameter, []))[1].append((module, key))
+    return list(found.values())
+
+
+def _place(places: Places, tensor: Tensor, instead: nn.Parameter) -> nn.Parameter:
+    parameter = nn.Parameter(tensor, requires_grad=instead.requires_grad)
+    for module, key in places:
+        setattr(module, key, parameter)
+    return parameter
 
 
 def _start(
@@ -87,8 +140,16 @@ def _joined(device: torch.device) -> Any:
     # Which operators could be compiled here: none is wanted. Without this, a CPU with a compiler builds a
     # shared-memory all-reduce at the first start (158 s measured), and a GPU probes for compilers.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+    # Our loop says it, with the step and what was found.
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    # torch 2.13 renamed the collectives that deepspeed calls.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "OVERFLOW!" not in record.getMessage()
 
 
 def settings(stage: int, model: nn.Module, section: Parallel, device: torch.device) -> dict[str, Any]:
@@ -97,7 +158,7 @@ def settings(stage: int, model: nn.Module, section: Parallel, device: torch.devi
     Precision is none of its business: as under every other strategy float32 masters are updated, a frozen base stays in
     its own type, and matrix products run in the compute type by autocast. Batch sizes are counted by our loop.
     """
-    trainable = sum(p.numel() for _, p in trainable_tensors(model))
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable_tensors(model))
     bucket = max(2, min(BUCKET_ELEMENTS, trainable) // 2 * 2)  # must be even
     memory = {"device": "cpu", "pin_memory": device.type == "cuda"}
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
@@ -162,15 +223,29 @@ class Zero(Sharded):
         self._zero.clip_grad = limit or 0.0  # deepspeed's own code divides by it plus 1e-6, as torch's does
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
-        self.drop()
+        self._forget()
         return norm
 
     def drop(self) -> None:
         """Forget the gradient, also that of a step which was cut off in the middle."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # reductions may be under way in streams of their own
+        for _, parameter in trainable_tensors(self.plain):
+            parameter.grad = None
+        self._forget()
+        if self.stage == 3:
+            self._engine.empty_partition_cache()  # what a broken pass has gathered
+
+    def _forget(self) -> None:
+        """Make deepspeed's sums, buckets and counts those of a new step."""
         zero = self._zero
         zero.zero_grad(set_to_none=True)
         if self.stage == 3:
-            self._drop_parts()
+            zero.averaged_gradients = {}
+            # deepspeed overwrites these sums where a gradient comes, and keeps the old ones where none does.
+            zero.grad_partitions_flat_buffer.zero_()
+            for bucket in zero.ipg_buckets.values():
+                bucket.clear_params()
         else:
             zero.micro_step_id = -1
             zero.averaged_gradients.clear()
@@ -180,19 +255,11 @@ class Zero(Sharded):
             for bucket in zero.ipg_buckets.values():
                 bucket.clear()
             zero._release_ipg_buffers()
-        if zero.cpu_offload if self.stage < 3 else zero.offload_optimizer:
+        if zero.offload_optimizer if self.stage == 3 else zero.cpu_offload:
             zero.reset_cpu_buffers()
             for flat in self._masters:
                 if flat.grad is not None:
                     flat.grad.zero_()
-
-    def _drop_parts(self) -> None:
-        zero = self._zero
-        zero.averaged_gradients = {}
-        # deepspeed leaves the sums of the step before in place and only overwrites what gets a gradient again.
-        zero.grad_partitions_flat_buffer.zero_()
-        for bucket in zero.ipg_buckets.values():
-            bucket.clear_params()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training changes, under the names of every other strategy: DTensors in host memory that hold
@@ -240,7 +307,7 @@ class Zero(Sharded):
             safe_set_local_optimizer_state,
         )
 
-        whole = self._whole(value)
+        whole = _whole(value, self.device)
         if self.stage < 3:
             if key is None:
                 safe_set_full_fp32_param(parameter, whole)
@@ -266,16 +333,17 @@ class Zero(Sharded):
             local, self._mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
         )
 
-    def _whole(self, value: Tensor) -> Tensor:
-        """All of `value` on this rank's device."""
-        if not isinstance(value, DTensor):
-            return value.to(self.device)
-        local, n_rows = value.to_local().to(self.device), value.shape[0]
-        padded = local.new_zeros(-(-n_rows // self._mesh.size()), *value.shape[1:])  # every rank sends as much
-        padded[: local.shape[0]] = local
-        gathered = padded.new_empty(self._mesh.size() * padded.shape[0], *value.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded)
-        return gathered[:n_rows]
+
+def _whole(value: Tensor, device: torch.device) -> Tensor:
+    """All of `value` on this rank's `device`."""
+    if not isinstance(value, DTensor):
+        return value.to(device)
+    local, n_rows, n_ranks = value.to_local().to(device), value.shape[0], value.device_mesh.size()
+    padded = local.new_zeros(-(-n_rows // n_ranks), *value.shape[1:])  # every rank sends as much
+    padded[: local.shape[0]] = local
+    gathered = padded.new_empty(n_ranks, *padded.shape)
+    dist.all_gather(list(gathered), padded)
+    return gathered.flatten(0, 1)[:n_rows]
 
 
 def _cut(flat: Tensor, size: int) -> Tensor:
