@@ -91,22 +91,32 @@ def _end_within(seconds: float) -> None:
 
 def _meet(ranks: Ranks, section: Parallel) -> None:
     """Wait for all ranks; then give collectives the time that they may take."""
-    minutes = section.timeout_minutes
-    where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-    timeout = timedelta(seconds=max(minutes * 60 * BACKSTOP_SHARE, minutes * 60 + BACKSTOP_S))
-    given: dict[str, Any] = {}
+    seconds = section.timeout_minutes * 60
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        if ranks.world == 1:  # meets nobody, and needs no port that another job may have
-            given = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            given = {"store": _fresh_store(ranks, timeout), "rank": ranks.rank, "world_size": ranks.world}
-        dist.init_process_group(section.backend, timeout=timeout, **given)
+        dist.init_process_group(
+            section.backend,
+            store=_store(ranks, timedelta(seconds=seconds)),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=timedelta(seconds=max(seconds * BACKSTOP_SHARE, seconds + BACKSTOP_S)),
+        )
     except dist.DistError as error:
         raise IngotError(
-            f"rank {ranks.rank} of {ranks.world} ({ranks.launcher}) did not meet the others at {where}: "
-            f"{str(error).splitlines()[0]}. Were all {ranks.world} ranks started, and can every node reach "
-            f"{where}? Set MASTER_ADDR and MASTER_PORT to a host and a port that it can"
+            f"rank {ranks.rank} of {ranks.world} ({ranks.launcher}) did not meet the others at {where} in "
+            f"{section.timeout_minutes:g} minutes: {str(error).splitlines()[0]}. Were all {ranks.world} ranks started, "
+            f"and can every node reach {where}? Set MASTER_ADDR and MASTER_PORT to a host and a port that it can"
         ) from error
+
+
+def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """Where ranks tell each other their addresses: at rank 0, or at torchrun's agent when that says so."""
+    if ranks.world == 1:  # meets nobody, and needs no port that another job may have
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return _fresh_store(ranks, timeout)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, ranks.world, is_master=ranks.main, timeout=timeout, multi_tenant=True)
 
 
 def _fresh_store(ranks: Ranks, timeout: timedelta) -> dist.Store:

@@ -47,8 +47,7 @@ def test_a_launcher_that_sets_other_variables_gets_torchs_for_as_long_as_the_gro
     assert not set(NAMES) & set(os.environ)
 
 
-def test_ranks_that_do_not_come_are_an_error_that_names_the_place(free_port, monkeypatch):
-    monkeypatch.setattr(module, "BACKSTOP_S", 1.0)
+def test_ranks_that_do_not_come_are_an_error_that_names_the_place(free_port):
     alone = Ranks(0, 2, 0, 2, 1, "slurm", None, "localhost", free_port)
     section = Parallel(strategy="ddp", backend="gloo", timeout_minutes=0.01)
     with (
