@@ -208,7 +208,7 @@ def _apply_override(draft: Draft, override: str) -> None:
     section: Any = draft.values
     for end in range(1, len(keys)):
         key, inside = keys[end - 1], dotted(keys[:end])
-        inner = section[key] if isinstance(section, list) else section.get(key)
+        inner = section.get(key) if isinstance(section, dict) else section[key]
         if isinstance(inner, str) and keys[0] == "data" and keys[1] in ("train", "validation", "test"):
             inner = {"uri": inner}  # the short form of a source, see recipe.Rows
         elif isinstance(inner, list):
