@@ -33,9 +33,9 @@ def compared(trainer: ModuleType) -> Any:
             sections = {name: section for name, section in cell["sections"].items() if name != "parallel"}
             if not (cell.get("fails") or cell.get("alone")):  # nothing to compare with
                 trainer.train({**cell, "sections": sections}, one)
-        trainer.finished(ranks)
+        trainer.finished(ranks, seconds=1500)
 
-        def compare(name: str, tolerance: float = 1e-5) -> None:
+        def compare(name: str, tolerance: float = 1e-5, *, gradients: bool = True) -> None:
             found, expected = trainer.results(many, name), trainer.results(one, name)
             curve, reference = found[0], expected[0]
             assert curve["losses"] == pytest.approx(reference["losses"], abs=tolerance)
@@ -43,9 +43,8 @@ def compared(trainer: ModuleType) -> Any:
             assert curve["norms"] == pytest.approx(reference["norms"], rel=max(tolerance, 1e-4))
             assert curve["same"]
             assert len(set(reference["losses"])) == len(reference["losses"]) > 1
-            gradients = [key for key in found[1] if key.startswith("grad/")]
-            assert gradients == [key for key in expected[1] if key.startswith("grad/")]
-            for key in gradients:
+            keys = [key for key in expected[1] if key.startswith("grad/")] if gradients else []
+            for key in keys:
                 difference = (found[1][key] - expected[1][key]).abs().max().item()
                 assert difference < tolerance, f"{name}: {key} differs by {difference}"
 

@@ -27,7 +27,7 @@ def clip(gradients: Sequence[Tensor], limit: float) -> float:
         parts[gradient.device_mesh, cut].append(gradient.to_local())
     squares = []
     for (mesh, cut), tensors in parts.items():
-        square = torch.nn.utils.get_total_norm(tensors, foreach=True).double().square()  # no overflow from 1e19 on
+        square = torch.nn.utils.get_total_norm(tensors, foreach=True).double().square()
         for number in cut:
             assert mesh is not None
             square = square.to(mesh.device_type)  # parameters that are kept in CPU memory have their gradients there
