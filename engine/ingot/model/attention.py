@@ -106,12 +106,6 @@ def able(options: Options) -> str:
     return " or ".join(name for name, features in FEATURES.items() if options.names <= features)
 
 
-def allowed(documents: Documents, options: Options) -> Tensor:
-    """The definition: [T, T] bool, which key (columns) each token of a line sees."""
-    ids = documents.ids
-    return (ids[:, None] == ids[None, :]) & _seen(len(ids), options, ids.device)
-
-
 def _seen(length: int, options: Options, device: torch.device) -> Tensor:
     """[L, L] bool: which key each token of one document sees."""
     places = torch.arange(length, device=device)
@@ -149,12 +143,40 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: Opt
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options) -> Tensor:
-    """The whole line at once, all blocks paid for: what the other backends are tested against."""
-    return _eager(query, key, value, allowed(documents, options), options)
+    """Plain matrix products: has every feature, and is slow."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _eager(query, key, value, _seen(query.shape[2], options, query.device), options)
+
+    return _by_groups(attend, query, key, value, documents, options)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options) -> Tensor:
-    """torch's sdpa once for each group of documents of like length: no masked block is computed.
+    """torch's scaled_dot_product_attention."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = query.shape[2]
+        windowed = options.window is not None and options.window < length
+        output_GHLD = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=_seen(length, options, query.device) if windowed else None,
+            dropout_p=options.dropout,
+            is_causal=options.causal and not windowed,
+            scale=options.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output_GHLD.transpose(1, 2)
+
+    return _by_groups(attend, query, key, value, documents, options)
+
+
+def _by_groups(
+    attend: Attend, query: Tensor, key: Tensor, value: Tensor, documents: Documents, options: Options
+) -> Tensor:
+    """`attend` ([G, H, L, D], twice [G, K, L, D] -> [G, L, H, D]) once for documents of like length: no block of two
+    documents is ever computed, and calls are few.
 
     Causal attention never looks at what fills a document up; otherwise only documents of equal length meet.
     """
@@ -162,22 +184,11 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents, option
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, H, D]
     if taken is not None:
         rows = [tensor.index_select(0, taken) for tensor in rows]
-    outputs = []
     parts = (tensor.split([group.size * group.length for group in groups]) for tensor in rows)
-    for group, *part in zip(groups, *parts, strict=True):
-        heads = [tensor.unflatten(0, group).transpose(1, 2) for tensor in part]
-        windowed = options.window is not None and options.window < group.length
-        output_GHLD = F.scaled_dot_product_attention(
-            heads[0],
-            heads[1],
-            heads[2],
-            attn_mask=_seen(group.length, options, query.device) if windowed else None,
-            dropout_p=options.dropout,
-            is_causal=options.causal and not windowed,
-            scale=options.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        outputs.append(output_GHLD.transpose(1, 2).flatten(0, 1))
+    outputs = [
+        attend(*(tensor.unflatten(0, group).transpose(1, 2) for tensor in part)).flatten(0, 1)
+        for group, *part in zip(groups, *parts, strict=True)
+    ]
     output_THD = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return (output_THD if back is None else output_THD.index_select(0, back)).unsqueeze(0)
 

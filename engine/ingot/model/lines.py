@@ -61,23 +61,19 @@ def settle(recipe: Recipe, folder: Path, device: torch.device, dtype: torch.dtyp
     Raises RecipeError for lines that the model would mix up, and for a backend that lacks what it needs.
     """
     batches, backend = recipe.data.batches, recipe.model.attention
-    wanted = batches if batches != "auto" else preferred(recipe, device.type)
-    if wanted == "padded":
+    if batches == "padded":
         return Settled("padded", _padded(backend), [])
     reason, needs = examine(recipe.model, folder, recipe.objective.task)
     if reason is None:
         picked, note = pick(backend, needs, device.type, dtype)
-        return Settled(wanted, picked, [note] if note else [])
-    if batches != "auto" or recipe.parallel.context > 1:
+        # Not slower on any of our recipes on a CPU, and up to 1.3 times as fast (benchmarks/results/packing.md).
+        return Settled("padding-free" if batches == "auto" else batches, picked, [note] if note else [])
+    if recipe.parallel.context > 1:
+        fix = f"ranks can only share lines of rows end to end, and {reason}; use parallel.context=1"
+        raise RecipeError("parallel.context", recipe.parallel.context, fix)
+    if batches != "auto":
         raise RecipeError("data.batches", batches, f"{reason}; use padded")
     return Settled("padded", _padded(backend), [f"data.batches=padded: {reason}"])
-
-
-def preferred(recipe: Recipe, device: str) -> str:
-    """What `data.batches: auto` wants."""
-    if recipe.objective.task == "text-classification" and device == "cpu":
-        return "padded"
-    return "padding-free"
 
 
 def _padded(backend: str) -> str:
@@ -205,7 +201,7 @@ def _compare(
             model.eval()
         together = _output(model, torch.cat(rows, dim=1), Documents.of(LENGTHS, torch.device("cpu")))
     except FieldError as error:
-        return error.fix, Needs()
+        return error.fix.split(";")[0], Needs()
     except Exception as error:
         return f"{name} does not take rows end to end ({_line(error)})", Needs()
     if not asked.seen:

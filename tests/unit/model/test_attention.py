@@ -371,7 +371,8 @@ def test_generation_is_transformers_own(kind: str, small_config: Callable[..., A
     assert answers[0] == answers[1]
 
 
-def test_no_matrix_of_the_line_is_made(small_config: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("kind", ["mistral", "gpt_oss"])
+def test_no_matrix_of_the_line_is_made(kind: str, small_config: Callable[..., Any]) -> None:
     """Nothing of T x T comes to be, in forward and backward: a line's cost is that of its documents."""
 
     class Sizes(TorchDispatchMode):
@@ -382,8 +383,8 @@ def test_no_matrix_of_the_line_is_made(small_config: Callable[..., Any]) -> None
             return result
 
     found: list[int] = []
-    lengths = (20,) * 32
-    model = decoder(small_config("mistral"))
+    lengths = (20,) * 64
+    model = decoder(small_config(kind), "eager" if kind == "gpt_oss" else "sdpa")
     with Sizes():
         forward(model, Documents.of(lengths, CPU)).sum().backward()
     assert max(found) < sum(lengths) ** 2 / 4

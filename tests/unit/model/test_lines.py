@@ -173,12 +173,12 @@ def folder_of(small_config: Callable[..., Any], tmp_path: Path) -> Callable[...,
     return make
 
 
-def test_decoders_learn_from_lines_and_classes_from_padded_rows_on_a_cpu(folder_of: Callable[..., Path]) -> None:
+def test_auto_lays_rows_end_to_end_where_they_stay_apart(folder_of: Callable[..., Path]) -> None:
     assert settle(recipe(folder_of("llama")), HOME, CPU, FULL) == ("padding-free", "sdpa", [])
     classes = recipe(folder_of("bert"), task="text-classification")
-    assert settle(classes, HOME, CPU, FULL) == ("padded", "sdpa", [])
-    gpu = settle(classes, HOME, torch.device("cuda"), FULL)
-    assert (gpu.batches, gpu.attention) == ("padding-free", "sdpa")  # heads of 8 in float32
+    assert settle(classes, HOME, CPU, FULL) == ("padding-free", "sdpa", [])
+    packed = recipe(folder_of("llama"), data={"batches": "packed"})
+    assert settle(packed, HOME, CPU, FULL) == ("packed", "sdpa", [])
 
 
 def test_auto_pads_where_rows_would_mix_and_says_why(folder_of: Callable[..., Path]) -> None:
@@ -193,6 +193,12 @@ def test_lines_that_would_mix_are_refused(batches: str, folder_of: Callable[...,
     with pytest.raises(RecipeError, match=r"StableLmAttention is not told where rows end; use padded") as error:
         settle(asked, HOME, CPU, FULL)
     assert (error.value.field, error.value.value) == ("data.batches", batches)
+    assert error.value.fix.count("use padded") == 1
+
+
+def test_ranks_cannot_share_lines_that_would_mix(folder_of: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError, match=r"only share lines .* not told where rows end; use parallel.context=1"):
+        settle(recipe(folder_of("stablelm"), parallel={"context": 2}), HOME, CPU, FULL)
 
 
 def test_a_head_of_its_own_is_padded(folder_of: Callable[..., Path]) -> None:
