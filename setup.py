@@ -29,11 +29,11 @@ INSTALL = [
     "uvicorn>=0.30",
 ]
 EXTRAS = {
-    "deepspeed": ["deepspeed>=0.18"],  # parallel.strategy zero1, zero2, zero3
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # parallel.strategy zero1, zero2, zero3
     "quantization": ["bitsandbytes>=0.48"],  # quantization.kind nf4
     "dev": [
         "bitsandbytes>=0.48",
-        "deepspeed>=0.18",
+        "deepspeed>=0.19.8,<0.20",
         "httpx>=0.27",
         "jsonschema>=4.21",
         "mypy>=1.15",

@@ -40,6 +40,7 @@ DOORS = {
     "transformers": ("model/",),
     "peft": ("model/",),
     "bitsandbytes": ("model/",),
+    "deepspeed": ("parallel/zero.py",),
     "huggingface_hub": ("model/",),
     "datasets": ("data/hub.py",),
     "pyarrow": ("data/sources.py", "data/table.py"),

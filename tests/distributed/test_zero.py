@@ -27,6 +27,7 @@ CHECKS = (
     "not_finite_updates_nothing",
     "dropped_gradients_are_gone",
     "unused_parameters_get_no_old_gradient",
+    "matrix_products_are_of_the_compute_type",
 )
 
 

@@ -37,7 +37,7 @@ LR, LIMIT, BETA = 1e-3, 0.5, 0.9
 class Trainer:
     """A small model under a strategy, stepped by hand. Matrices of one row are among what it trains."""
 
-    def __init__(self, strategy: str, **adapter: Any) -> None:
+    def __init__(self, strategy: str, dtype: torch.dtype = torch.float32, **adapter: Any) -> None:
         sections = {
             "adapter": {"kind": "lora", "rank": 1, "alpha": 2.0, **adapter},
             "parallel": {"strategy": strategy},
@@ -51,7 +51,7 @@ class Trainer:
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
         self.start = {name: parameter.detach().clone() for name, parameter in trainable_tensors(model)}
-        self.sharded = parallelize(model, ranks(), self.recipe, torch.device("cpu"), torch.float32)
+        self.sharded = parallelize(model, ranks(), self.recipe, torch.device("cpu"), dtype)
         feed = PlannedFeed(ListRows(cells.random_rows(60, 1)), self.recipe.data, self.recipe.train)
         self.portions = list(feed.start(Cursor()))
 
@@ -168,6 +168,24 @@ def check_unused_parameters_get_no_old_gradient(strategy: str) -> None:
     after = trainer.state()[key]
     assert bool(before.any())
     torch.testing.assert_close(after, BETA * before)
+
+
+def check_matrix_products_are_of_the_compute_type(strategy: str) -> None:
+    """On a GPU deepspeed switches autocast off if it is not told of it. This looks like a GPU's autocast to it."""
+    trainer = Trainer(strategy, torch.bfloat16)
+    seen: dict[str, torch.dtype] = {}
+    for name, module in trainer.sharded.plain.named_modules():
+        if name.endswith(("lora_A.default", "up_proj.base_layer", "lm_head")):
+            module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.update({name: output.dtype}))
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        trainer.step(0)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    state = trainer.state()
+    assert seen
+    assert set(seen.values()) == {torch.bfloat16}, seen
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
 def checks() -> Iterator[tuple[str, Any]]:

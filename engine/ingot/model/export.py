@@ -30,6 +30,8 @@ def export_model(
     try:
         partial.mkdir(parents=True)
         model.to(dtype)
+        # transformers imports deepspeed to save, where it is installed, and that tells stdout about a missing GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         save: Any = model.save_pretrained  # nn.Module knows nothing of it; both of our kinds of model have it
         save(partial)
         tokenizer.save_pretrained(partial)

@@ -38,7 +38,8 @@ class QuantizedLinear(nn.Linear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """W [N, K] as the product sees it."""
-        parts = {name: part.detach() for name, part in self._parameters.items() if name != "bias" and part is not None}
+        # By attribute: under ZeRO-3 it is the look-up that gathers a parameter.
+        parts = {name: getattr(self, name).detach() for name in self._parameters if name != "bias"}
         return dequantize(parts, self.kind, (self.out_features, self.in_features), dtype)
 
     @property

@@ -17,7 +17,8 @@ def make_optimizer(model: nn.Module, section: Optim) -> torch.optim.AdamW:
     # A fused update takes plain tensors, or DTensors of one mesh.
     groups: dict[tuple[bool, Any], list[nn.Parameter]] = defaultdict(list)
     for _, parameter in trainable_tensors(model):
-        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
+        decays = len(shape) >= 2 and id(parameter) not in embeddings
         groups[decays, getattr(parameter, "device_mesh", None)].append(parameter)
     described = [
         {"params": found, "weight_decay": section.weight_decay if decays else 0.0}

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO stages 1 to 3 behind the verbs of `Sharded`. The only file that imports deepspeed.
 
-Read against deepspeed 0.19.8. One value owns the loss divisor: deepspeed averages gradients over all ranks, and
+One value owns the loss divisor: deepspeed averages gradients over all ranks, and
 `backward` multiplies by their number, as under DistributedDataParallel.
 """
 
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ingot.errors import MissingPackage
+from ingot.errors import IngotError, MissingPackage
 from ingot.model.adapters import trainable_tensors
 from ingot.parallel.layout import Layout
 from ingot.parallel.optim import make_optimizer
 from ingot.parallel.sharded import MODEL, OPTIMIZER, Sharded, fresh_moments
 from ingot.recipe import Optim, Parallel
 
+VERSION = (0, 19)  # what is used below of its insides was read in 0.19.8
 Fill = Callable[[nn.Module], None]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Elements that are reduced or gathered at a time. deepspeed's 5e8 takes 2 GB of float32 beside the model; from a tenth
@@ -64,14 +65,14 @@ def stage3(
     `fill` puts this rank's rows into what lies on the meta device, once it is there as DTensors.
     """
     if fill is not None:
-        _filled(model, fill, section, device)
+        _filled(model, fill, section, device, dtype)
     return _start(3, model, layout, section, optim, device, dtype)
 
 
-def _filled(model: nn.Module, fill: Fill, section: Parallel, device: torch.device) -> None:
+def _filled(model: nn.Module, fill: Fill, section: Parallel, device: torch.device, dtype: torch.dtype) -> None:
     """Let `fill` read this rank's rows, and make them ZeRO-3's parts. One parameter at a time is whole."""
     deepspeed = _joined(device)
-    config = settings(3, model, section, device)
+    config = settings(3, model, section, device, dtype)
     # Parameters that live in CPU memory go there at once.
     mesh = init_device_mesh("cpu" if section.offload == "parameters" else device.type, (dist.get_world_size(),))
     for parameter, places in _places(model):
@@ -120,7 +121,7 @@ def _start(
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, optim),
-        config=settings(stage, model, section, device),
+        config=settings(stage, model, section, device, dtype),
         dist_init_required=False,
     )
     return Zero(stage, model, engine, layout, dtype, device)
@@ -129,7 +130,7 @@ def _start(
 def _joined(device: torch.device) -> Any:
     """Import deepspeed and join it to the process group that is there.
 
-    Raises MissingPackage when it is not installed.
+    Raises MissingPackage when it is not installed, IngotError when it is another version than the one known here.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it probes for every vendor's package
     try:
@@ -137,6 +138,12 @@ def _joined(device: torch.device) -> Any:
         import deepspeed.ops
     except ImportError as error:
         raise MissingPackage("deepspeed", "parallel.strategy = zero1, zero2 or zero3") from error
+    if (deepspeed.__version_major__, deepspeed.__version_minor__) != VERSION:
+        known = ".".join(map(str, VERSION))
+        raise IngotError(
+            f"deepspeed {deepspeed.__version__} is installed, and Ingot works with deepspeed {known}: "
+            f"pip install 'deepspeed=={known}.*'"
+        )
     # Which operators could be compiled here: none is wanted. Without this, a CPU with a compiler builds a
     # shared-memory all-reduce at the first start (158 s measured), and a GPU probes for compilers.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})
@@ -152,11 +159,13 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "OVERFLOW!" not in record.getMessage()
 
 
-def settings(stage: int, model: nn.Module, section: Parallel, device: torch.device) -> dict[str, Any]:
+def settings(
+    stage: int, model: nn.Module, section: Parallel, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """deepspeed's configuration.
 
-    Precision is none of its business: as under every other strategy float32 masters are updated, a frozen base stays in
-    its own type, and matrix products run in the compute type by autocast. Batch sizes are counted by our loop.
+    As under every other strategy what is trained, and what travels of it, is float32, a frozen base stays in its own
+    type, and matrix products run in `dtype` by autocast. Batch sizes are counted by our loop.
     """
     trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable_tensors(model))
     bucket = max(2, min(BUCKET_ELEMENTS, trainable) // 2 * 2)  # must be even
@@ -171,10 +180,13 @@ def settings(stage: int, model: nn.Module, section: Parallel, device: torch.devi
             "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
         }
+    # On a GPU deepspeed switches an autocast that it was not told of off again.
+    autocast = {"enabled": dtype != torch.float32, "dtype": str(dtype), "lower_precision_safe_modules": []}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "zero_optimization": zero,
+        "torch_autocast": autocast,
         "zero_allow_untested_optimizer": True,
         # Offloaded, torch's own fused AdamW runs on the CPU: deepspeed's would have to be compiled first.
         "zero_force_ds_cpu_optimizer": False,
@@ -188,9 +200,10 @@ class Zero(Sharded):
         self, stage: int, plain: nn.Module, engine: nn.Module, layout: Layout, dtype: torch.dtype, device: torch.device
     ) -> None:
         zero: Any = engine.optimizer
+        self._engine: Any = engine
         super().__init__(plain, engine, layout, dtype, zero)
         self.stage, self.device, self.even, self.whole = stage, device, stage >= 2, stage < 3
-        self._zero, self._engine = zero, engine
+        self._zero = zero
         self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         # deepspeed would make them at the first step; then a checkpoint could not be loaded before it.
         for flat in self._masters:
@@ -298,7 +311,7 @@ class Zero(Sharded):
                 self._zero.optimizer.state[flat]["step"].fill_(max(steps))
 
     @torch.no_grad()
-    def _put(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+    def _put(self, parameter: Any, value: Tensor, key: str | None = None) -> None:
         """Write a weight (of master and parameter) or the moment `key`."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
