@@ -278,8 +278,8 @@ def page(report: dict[str, Any]) -> Iterator[str]:
         f"{name} {number}" for name, number in report["versions"].items()
     )
     yield ""
-    yield "Written by `python benchmarks/packing.py`. Tokens are those that are not padding. Ratios are medians of rounds"
-    yield "in alternating order, with the middle half of the rounds in brackets. The machine is shared: processor time"
+    yield "Written by `python benchmarks/packing.py`. Tokens are those that are not padding. Ratios are medians of"
+    yield "rounds in alternating order, with the middle half of them in brackets. The machine is shared: processor time"
     yield "(of all threads) says more than the clock."
     for name, case in report["cases"].items():
         facts = case["fill"]
