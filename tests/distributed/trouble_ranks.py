@@ -1,7 +1,7 @@
 """What the ranks of test_trouble.py run: steps that go wrong on one rank only.
 
-    python trouble_ranks.py cases OUT            (RANK, WORLD_SIZE, ... in the environment)
-    python trouble_ranks.py full LIMIT ARGS ...  ingot's command line; batches over LIMIT tokens do not fit on rank 1
+python trouble_ranks.py cases OUT            (RANK, WORLD_SIZE, ... in the environment)
+python trouble_ranks.py full LIMIT ARGS ...  ingot's command line; batches over LIMIT tokens do not fit on rank 1
 """
 
 import json
@@ -44,10 +44,14 @@ def rows_of(n: int) -> list[Encoded]:
 
 
 class Overflow(nn.Module):
-    """Finite forward, infinite backward: the root of zero."""
+    """Finite forward, infinite backward: the root of zero. On one rank only; the module is on all."""
+
+    def __init__(self, active: bool) -> None:
+        super().__init__()
+        self.active = active
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return hidden_BTD + (0 * hidden_BTD).abs().sqrt()
+        return hidden_BTD + (0 * hidden_BTD).abs().sqrt() if self.active else hidden_BTD
 
 
 def model_of(fault: str, rank: int) -> nn.Module:
@@ -60,8 +64,8 @@ def model_of(fault: str, rank: int) -> nn.Module:
     if fault == "weight":
         with torch.no_grad():
             model.model.embed_tokens.weight[ODD, 3] = float("nan")
-    if fault == "gradient" and rank == 1:
-        model.model.layers[1].mlp.act_fn = nn.Sequential(nn.SiLU(), Overflow())
+    if fault == "gradient":
+        model.model.layers[1].mlp.act_fn = nn.Sequential(nn.SiLU(), Overflow(rank == 1))
     if fault == "slow" and rank == 1:
         model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
     return model
@@ -103,6 +107,9 @@ def cases(out: Path) -> None:
         ("gradient", "ddp"),
         ("gradient", "fsdp"),
         ("slow", "ddp"),
+        # Behind the others: importing deepspeed takes as long as they do.
+        ("weight", "zero3"),
+        ("gradient", "zero3"),
     ):
         said[f"{fault}-{strategy}"] = case(fault, strategy, out)
     (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(said))

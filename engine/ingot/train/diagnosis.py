@@ -97,11 +97,14 @@ def not_finite(
     sharded.drop()
     kinds = [found.kind for found in reports]
     kind = next((kind for kind in ADVICE if kind in kinds), "nothing")
-    # A bad weight is on every rank that has a copy of it; only some may have met it.
-    met = [found.text for found in reports if found.met] or [found.text for found in reports[:1]]
+    # A bad weight may be on every rank or on one; those whose batches met it may be others.
+    shown = [found for found in reports if found.met]
+    if "weight" not in [found.kind for found in shown]:
+        shown = [found for found in reports if not found.met][:1] + shown
     rows = ", ".join([name for names in where for name in names][:LISTED_ROWS])
-    detail = "; ".join(met[:LISTED_RANKS]) or f"Every tensor of the repeated step is finite; its first rows are {rows}"
-    more = f"; and on {len(met) - LISTED_RANKS} more ranks" if len(met) > LISTED_RANKS else ""
+    detail = "; ".join(found.text for found in shown[:LISTED_RANKS])
+    detail = detail or f"Every tensor of the repeated step is finite; its first rows are {rows}"
+    more = f"; and on {len(shown) - LISTED_RANKS} more ranks" if len(shown) > LISTED_RANKS else ""
     return NotFinite(f"{reason}; no weight was changed by it. {detail}{more}. To do: {ADVICE[kind]}")
 
 
@@ -201,15 +204,14 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _bad(tensor: Tensor) -> str | None:
-    """How many values of this rank's part are not finite, and where the first is; None when all are."""
+    """How many values of this rank's part are not finite, and where in it the first is; None when all are."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if not local.is_floating_point() or bool(local.isfinite().all()):
         return None
     bad = ~local.isfinite()
     first = bad.nonzero()[0].tolist()
-    return (
-        f"{int(bad.sum()):,} of {local.numel():,} values are not finite, the first is {local[tuple(first)]} at {first}"
-    )
+    count = f"{int(bad.sum()):,} of {local.numel():,} values here are not finite"
+    return f"{count}, the first is {local[tuple(first)]} at {first}"
 
 
 def _gathered(report: _Report | None) -> list[_Report]:

@@ -72,7 +72,10 @@ def test_bad_row_of_an_embedding_names_the_weight_and_the_one_batch(untied, list
         )
     message = str(caught.value)
     assert re.match(rf"step {len(seen) + 1}: the loss is nan; no weight was changed by it", message)
-    assert "weight model.embed_tokens.weight: 1 of 3,104 values are not finite, the first is nan at [96, 3]" in message
+    assert (
+        "weight model.embed_tokens.weight: 1 of 3,104 values here are not finite, the first is nan at [96, 3]"
+        in message
+    )
     assert "then output of model.embed_tokens: " in message
     assert "earlier checkpoint" in message
     assert caught.value.exit_code == 1
