@@ -33,7 +33,8 @@ NEIGHBOURS = {
     ("data", "progress"), ("stages", "preparation"), ("verbs", "preparation"), ("assembly", "preparation"),
     ("stages", "runfolder"), ("verbs", "runfolder"), ("verbs", "stages"),
     ("assembly", "runfolder"), ("assembly", "stages"), ("verbs", "assembly"),
-    ("__main__", "cli"), ("cli", "cache_command"), ("model", "catalog"), ("ranks", "launch"), ("parallel", "launch"), ("parallel", "ranks"), ("parallel", "model"),
+    ("__main__", "cli"), ("cli", "cache_command"), ("model", "catalog"),
+    ("ranks", "launch"), ("parallel", "launch"), ("parallel", "ranks"), ("parallel", "model"),
 }  # fmt: skip
 # A third-party package -> the only files or folders that may import it.
 DOORS = {

@@ -39,7 +39,7 @@ class CheckpointError(IngotError):
 
 
 class NotFinite(IngotError):
-    """More losses or gradients than `train.nonfinite_budget` were not finite; the weights are as before the last one."""
+    """More losses or gradients than `train.nonfinite_budget` were not finite; the weights are as before the last."""
 
 
 class OutOfMemory(IngotError):

@@ -117,9 +117,9 @@ class Data(Section):
     counted.
     """
     batches: Literal["auto", "padded", "padding-free", "packed"] = "auto"
-    """How rows lie in a forward pass. padded: one below the other, filled up to the longest. padding-free: end to end in
-    one line, attention kept inside each row; the same steps and gradients as padded. packed: padding-free, and steps are
-    made of best-fit packs of `pack_tokens`, so that every step is full. auto: padding-free where the model can."""
+    """How rows lie in a forward pass. padded: one below the other, filled up to the longest. padding-free: end to end
+    in one line, attention kept inside each row; the same steps and gradients as padded. packed: padding-free, and steps
+    are made of best-fit packs of `pack_tokens`, so that every step is full. auto: padding-free where the model can."""
     pack_tokens: Positive | None = None
     """packed: tokens of a pack. None: `max_tokens`."""
     streaming: bool = False
@@ -243,17 +243,19 @@ class Parallel(Section):
     """How ranks share the work. Ranks themselves come from the launcher (torchrun, Azure ML, Slurm, MPI)."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"] = "auto"
-    """auto: none on one rank, ddp on several. ddp: every rank holds everything. fsdp: parameters, gradients and optimizer
-    are cut over all ranks (FSDP2). hsdp: cut inside a node, repeated across nodes. zero1, zero2, zero3: DeepSpeed cuts
+    """auto: none on one rank, ddp on several. ddp: every rank holds everything. fsdp: parameters, gradients and
+    optimizer are cut over all ranks (FSDP2). hsdp: cut inside a node, repeated across nodes. zero1, zero2, zero3: DeepSpeed cuts
     the optimizer, the gradients too, the parameters too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """zero1 to zero3, fsdp: what lives in CPU memory between uses. parameters: these and the optimizer (zero3, fsdp)."""
+    """zero1 to zero3, fsdp: what lives in CPU memory between uses. parameters: these and the optimizer (zero3, fsdp).
+    """
     shard_ranks: Positive | None = None
     """hsdp: ranks that cut one copy among them. None: the ranks of a node."""
     tensor: Positive = 1
     """Ranks that share every matrix product, by the model's own tensor-parallel plan. They must divide the ranks."""
     context: Positive = 1
-    """Ranks that share every line of tokens (Ulysses: all-to-all around attention). They must divide ranks and heads."""
+    """Ranks that share every line of tokens (Ulysses: all-to-all around attention). They must divide ranks and heads.
+    """
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl on GPUs, gloo on CPUs."""
     timeout_minutes: float = Field(default=10.0, gt=0)

@@ -1,6 +1,6 @@
 """A step's rows to this rank's batches, padded one below the other or end to end in one line.
 
-    B rows of a microbatch, T tokens of its longest row (padded) or of all its rows (end to end: B is 1)
+B rows of a microbatch, T tokens of its longest row (padded) or of all its rows (end to end: B is 1)
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,12 @@ def batches_of(
 
 
 def microbatches(
-    packs: Packs, lengths: Sequence[int] | Mapping[int, int], rank: int, world: int, tokens_per_microbatch: int, flat: bool
+    packs: Packs,
+    lengths: Sequence[int] | Mapping[int, int],
+    rank: int,
+    world: int,
+    tokens_per_microbatch: int,
+    flat: bool,
 ) -> list[list[int]]:
     """The share of `rank` in a step as microbatches of at most `tokens_per_microbatch` tokens: rows x longest when
     padded, their sum when laid end to end (`flat`).

@@ -118,6 +118,7 @@ def _row_losses(
     sums, counts = [0.0] * len(rows), [0] * len(rows)
     for part in _batches(rows, recipe.evaluate.tokens_per_batch):
         batch = collate([rows[i] for i in part], pad_id(tokenizer))
+        assert batch.attention_BT is not None
         logits_BTV = logits_of(
             model(input_ids=batch.ids_BT.to(device), attention_mask=batch.attention_BT.to(device), use_cache=False)
         )

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ingot.data.template import Encoded
 from ingot.data.plan import PlannedFeed
 from ingot.data.rows import ListRows
+from ingot.data.template import Encoded
 from ingot.parallel.sharded import Sharded
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
@@ -110,7 +110,7 @@ def make_sharded():
 
 @pytest.fixture
 def curve(tmp_path):
-    """curve(sharded, row_lists, recipe, name="", **options of fit) -> the loss of every step; checkpoints in tmp_path/name."""
+    """curve(sharded, row_lists, recipe, name="", **options of fit) -> every loss; checkpoints in tmp_path/name."""
 
     def train(sharded, lists, recipe, name="", **options):
         losses = []

@@ -79,7 +79,9 @@ def test_neither_microbatches_nor_padding_change_a_loss(row_lists, make_recipe, 
 
 
 def test_packed_steps_learn_every_row_in_fewer_steps(row_lists, make_recipe, make_sharded, make_feed, curve):
-    recipe = make_recipe(data={"batches": "packed", "max_tokens": 60}, train={"max_steps": None, "tokens_per_microbatch": 70})
+    recipe = make_recipe(
+        data={"batches": "packed", "max_tokens": 60}, train={"max_steps": None, "tokens_per_microbatch": 70}
+    )
     padded = make_recipe(train={"max_steps": None})
     portions = list(make_feed(row_lists, recipe).train.start(Cursor()))
     assert sorted(index for portion in portions for index in portion.indices) == list(range(60))
@@ -156,8 +158,8 @@ def test_infinite_loss_stops_the_run_and_names_rows(sharded, row_lists, make_rec
 def test_resume_refuses_another_recipes_checkpoint(sharded, row_lists, make_recipe, make_feed, curve, tmp_path):
     curve(sharded, row_lists, make_recipe(train={"max_steps": 2}))
     recipe = make_recipe()
+    other = Checkpoints(tmp_path, sharded.layout.ranks, "other", 2)
     with pytest.raises(CheckpointError, match="another recipe"):
-        other = Checkpoints(tmp_path, sharded.layout.ranks, "other", 2)
         fit(sharded, make_feed(row_lists, recipe), recipe, other, resume=True)
 
 
