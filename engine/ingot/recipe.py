@@ -244,8 +244,8 @@ class Parallel(Section):
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"] = "auto"
     """auto: none on one rank, ddp on several. ddp: every rank holds everything. fsdp: parameters, gradients and
-    optimizer are cut over all ranks (FSDP2). hsdp: cut inside a node, repeated across nodes. zero1, zero2, zero3: DeepSpeed cuts
-    the optimizer, the gradients too, the parameters too."""
+    optimizer are cut over all ranks (FSDP2). hsdp: cut inside a node, repeated across nodes. zero1, zero2, zero3:
+    DeepSpeed cuts the optimizer, the gradients too, the parameters too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """zero1 to zero3, fsdp: what lives in CPU memory between uses. parameters: these and the optimizer (zero3, fsdp).
     """
