@@ -296,7 +296,8 @@ class _Step:
             return work()
         except Exception as error:
             if memory.is_out_of_memory(error):
-                return memory.Failure.of(error, self.meter.at, self.under_way, self.sharded)
+                strategy = self.recipe.parallel.strategy
+                return memory.Failure.of(error, self.meter.at, self.under_way, self.sharded, strategy)
             found = guard.explained(error)
             if found is error:
                 raise

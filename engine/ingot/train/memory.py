@@ -70,11 +70,11 @@ class Failure:
     free: int = 0  # held by torch's allocator, but not by tensors
 
     @classmethod
-    def of(cls, error: BaseException, phase: str, load: Load, sharded: Sharded) -> "Failure":
+    def of(cls, error: BaseException, phase: str, load: Load, sharded: Sharded, strategy: str) -> "Failure":
         """Measure now, while the traceback still holds the failed step's tensors."""
         found = _ASKED.search(str(error))
         asked = float(found[1]) * _UNITS[(found[2] or "bytes").lower()] if found else 0.0
-        held, activations, free = _held(sharded), None, 0
+        held, activations, free = _held(sharded, strategy), None, 0
         if sharded.device.type == "cuda":
             allocated = torch.cuda.memory_allocated(sharded.device)
             present = held["weights"] + _bytes(_gradients(sharded.plain)) + _bytes(_moments(sharded))
@@ -86,11 +86,13 @@ class Failure:
         return cls(text[0] if text else "no memory", phase, load, held, activations, load.targets * width, free)
 
 
-def _held(sharded: Sharded) -> dict[str, int]:
+def _held(sharded: Sharded, strategy: str) -> dict[str, int]:
     """Bytes of this rank's weights, and of its gradients and optimizer state once they are there."""
     trained = _bytes(p for p in sharded.plain.parameters() if p.requires_grad)
     weights = _bytes([*sharded.plain.parameters(), *sharded.plain.buffers()])
-    return {"weights": weights, "gradients": trained, "optimizer state": _bytes(_moments(sharded)) or 2 * trained}
+    # ZeRO-2 keeps a part of each gradient only, of weights that it keeps whole.
+    gradients = trained // sharded.layout.data if strategy == "zero2" else trained
+    return {"weights": weights, "gradients": gradients, "optimizer state": _bytes(_moments(sharded)) or 2 * trained}
 
 
 def _gradients(model: nn.Module) -> Iterator[Tensor]:
