@@ -260,6 +260,8 @@ def every_operation(folder: Path, _: int) -> dict[str, Any]:
 
         def check(ranks: Ranks, kept: Path = kept, number: int = number) -> None:
             tensor, checkpoints = OneTensor(0), Checkpoints(kept, ranks, "hash", keep=1)
+            for path in published(kept):
+                assert not manifest.problems(path, manifest.read(path)), path
             step = checkpoints.load(tensor, "last", lambda text: sys.exit(text)).step
             assert tensor.value == step
             best = OneTensor(0)

@@ -308,9 +308,9 @@ def test_leftovers_of_killed_writes_are_removed_at_the_next_start(checkpoints, t
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
     (tmp_path / ".last.partial").symlink_to("step-000001")
-    assert checkpoints.load(Bag(), "last", pytest.fail).step == 1
-    with Checkpoints(tmp_path, Ranks(), "hash", keep=2):
+    with Checkpoints(tmp_path, Ranks(), "hash", keep=2) as found:
         assert names(tmp_path) == ["last", "step-000001"]
+    assert found.load(Bag(), "last", pytest.fail).step == 1
 
 
 def test_killed_between_publishing_and_the_links(checkpoints, tmp_path):
