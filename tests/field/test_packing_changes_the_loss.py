@@ -15,6 +15,8 @@ from ingot.ranks import Ranks
 from ingot.train.objectives import OBJECTIVES
 
 WINDOWED = {"kind": "olmo3", "sliding_window": 6}
+# Rotary positions are relative, so only learned ones show whether they start again with every row.
+LEARNED = {"kind": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def mean_loss(cells, layout, model, **train):
@@ -36,7 +38,7 @@ def mean_loss(cells, layout, model, **train):
     return total, float(norm)
 
 
-@pytest.mark.parametrize("model", [{"kind": "llama"}, WINDOWED], ids=["llama", "olmo3"])
+@pytest.mark.parametrize("model", [{"kind": "llama"}, WINDOWED, LEARNED], ids=["llama", "olmo3", "gpt2"])
 @pytest.mark.parametrize("budget", [32, 120])
 def test_the_first_loss_does_not_depend_on_the_layout(cells, model, budget):
     padded = mean_loss(cells, "padded", model, tokens_per_microbatch=budget)
