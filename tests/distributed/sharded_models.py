@@ -23,6 +23,7 @@ from ingot.assembly import build
 from ingot.model.adapters import trainable_tensors
 from ingot.model.load import logits_of
 from ingot.parallel.fsdp import blocks_of
+from ingot.parallel.layout import local
 from ingot.parallel.sharded import Sharded
 from ingot.parallel.strategies import parallelize
 from ingot.progress import Progress
@@ -44,6 +45,7 @@ BERT = {name: value for name, value in SMALL.items() if name != "num_key_value_h
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+EPS = 1e-4  # AdamW would make steps of the rounding noise in gradients that are zero, as those of keys' biases are
 LORA: dict[str, Any] = {"kind": "lora", "rank": 4}
 FULL = {"kind": "none"}
 # name: (what writes the folder, changes of the recipe, whether it can be read in parts)
@@ -86,7 +88,7 @@ def recipe_of(folder: Path, changes: dict[str, Any]) -> Recipe:
             "data": {"train": "unused"},
             "objective": {"task": changes.get("task", "language-modeling")},
             "adapter": changes["adapter"],
-            "optim": {"lr": 1e-2},
+            "optim": {"lr": 1e-2, "eps": EPS},
             "parallel": {"strategy": "hsdp", "shard_ranks": size} if size else {"strategy": "fsdp"},
         }
     )
@@ -142,7 +144,7 @@ def compared(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     weights = farthest(dict(plain.named_parameters()), {n: whole(p) for n, p in model.named_parameters()})
     buffers = farthest(dict(plain.named_buffers()), dict(model.named_buffers()))
     trained = [[n for n, p in each.named_parameters() if p.requires_grad] for each in (plain, model)]
-    one = torch.optim.AdamW([p for _, p in trainable_tensors(plain)], lr=1e-2, weight_decay=0.0)
+    one = torch.optim.AdamW([p for _, p in trainable_tensors(plain)], lr=1e-2, eps=EPS, weight_decay=0.0)
     ids = torch.arange(3, 27).view(2, 12)
     plain.train(), model.train()
     ran_out(sharded, ids)
@@ -151,7 +153,7 @@ def compared(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         logits_of(plain(**inputs)).square().mean().backward()
         with sharded.microbatch(last=True):
-            loss = logits_of(sharded.forward(**inputs)).square().mean() / ranks.world
+            loss = logits_of(sharded.forward(**inputs)).square().mean() / sharded.layout.loss_parts
             sharded.backward(loss)
         found = [{n: whole(p.grad) for n, p in trainable_tensors(m) if p.grad is not None} for m in (plain, model)]
         gradients = max(gradients, farthest(*found))
@@ -169,6 +171,7 @@ def compared(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
         "initial": len(initial),
         "notes": notes.lines,
         "cut": all(isinstance(p, DTensor) for p in model.parameters()),
+        "held": sum(local(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters()),
     }
 
 
@@ -180,7 +183,8 @@ def ran_out(sharded: Sharded, ids: Tensor) -> None:
 
     handle = blocks_of(sharded.plain)[-1].register_forward_pre_hook(raises)
     try:
-        sharded.forward(input_ids=ids, attention_mask=torch.ones_like(ids))
+        with sharded.microbatch(last=False):
+            sharded.forward(input_ids=ids, attention_mask=torch.ones_like(ids))
     except MemoryError:
         sharded.drop()
     handle.remove()

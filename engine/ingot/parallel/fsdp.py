@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from ingot.errors import RecipeError
 from ingot.model.adapters import trainable_tensors
@@ -44,6 +44,7 @@ class FullySharded(Sharded):
         # Gradients that wait for the last microbatch are whole on every rank. With adapters that is little and saves
         # a collective a microbatch; in full fine-tuning it would take more memory than cutting the parameters saved.
         trained = sum(p.numel() for _, p in trainable_tensors(model))
+        self._broken = False  # a step has begun and not ended
         self.waits = trained * layout.ranks.world <= sum(p.numel() for p in model.parameters())
 
     def forward(self, **inputs: Any) -> Any:
@@ -64,12 +65,30 @@ class FullySharded(Sharded):
         """Gradients of adapters travel on the `last` microbatch; others at each one, across copies on the last."""
         self._root.set_requires_gradient_sync(last or not self.waits)
         self._root.set_requires_all_reduce(last)
+        self._broken = True
         yield
+        self._broken = not last
 
     def drop(self) -> None:
-        """Forget the gradient, and a pass that ran out of memory half-way."""
-        self._root.reset_iter_state()
+        """Forget the gradient, and what a step that ran out of memory half-way left behind."""
+        if self._broken:
+            self._root.reset_iter_state()
+            _forget_whole_gradients(self._root)
+            self._broken = False
         super().drop()
+
+
+def _forget_whole_gradients(root: nn.Module) -> None:
+    """Gradients of whole parameters, which wait to be cut. Of torch 2.13's internals: its reset leaves them, so they would
+    be added to the next step's, and no other way to them asks nothing of other ranks.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.unsharded_accumulated_grad = None
+                    if hasattr(parameter, "_unsharded_param"):  # it has been whole before
+                        parameter._unsharded_param.grad = None
 
 
 def shard(

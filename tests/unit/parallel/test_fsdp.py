@@ -124,18 +124,28 @@ def test_names_are_those_of_one_rank(group: None) -> None:
     assert [name for name, _ in trainable_tensors(cut(llama()).plain)] == plain
 
 
-def test_a_pass_that_ran_out_of_memory_is_forgotten(group: None) -> None:
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_step_that_ran_out_of_memory_is_forgotten(group: None, before: int, where: str, waits: bool) -> None:
+    """torch's reset leaves gradients of `before` and of blocks that were done, which would be learned from twice."""
     one, two = cut(llama()), cut(llama())
+    two.waits = waits
+    for _ in range(before):
+        with two.microbatch(last=False):
+            two.backward(two.forward(input_ids=IDS, use_cache=False).logits.square().mean())
 
     def raises(*_: object) -> None:
         raise MemoryError
 
-    hook = fsdp.blocks_of(two.plain)[1].register_forward_pre_hook(raises)
+    block = fsdp.blocks_of(two.plain)[0]
+    hook = block.register_forward_hook(raises) if where == "forward" else block.register_full_backward_hook(raises)
     with pytest.raises(MemoryError), two.microbatch(last=False):
-        two.forward(input_ids=IDS)
+        two.backward(two.forward(input_ids=IDS, use_cache=False).logits.square().mean())
     hook.remove()
     two.drop()
-    assert learn(two) == learn(one)
+    for _ in range(2):
+        assert learn(two) == learn(one)
 
 
 def test_gradients_of_few_adapters_wait_for_the_last_microbatch(group: None) -> None:
