@@ -79,8 +79,8 @@ class FullySharded(Sharded):
 
 
 def _forget_whole_gradients(root: nn.Module) -> None:
-    """Gradients of whole parameters, which wait to be cut. Of torch 2.13's internals: its reset leaves them, so they would
-    be added to the next step's, and no other way to them asks nothing of other ranks.
+    """Gradients of whole parameters, which wait to be cut. Of torch 2.13's internals: its reset leaves them, so they
+    would be added to the next step's, and no other way to them asks nothing of other ranks.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
