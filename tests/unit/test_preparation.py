@@ -34,7 +34,10 @@ def write(path: Path, rows: list[dict]) -> None:
 def home(tmp_path: Path) -> Path:
     write(tmp_path / "a.jsonl", [{"prompt": f"item {n} costs", "completion": f" {n} euros"} for n in range(90)])
     write(tmp_path / "b.jsonl", [{"prompt": f"capital {n}", "completion": f" is {n}"} for n in range(30)])
-    write(tmp_path / "test.jsonl", [{"prompt": f"thing {n % 4} costs", "completion": f" {n} euros and ten cents"} for n in range(12)])
+    write(
+        tmp_path / "test.jsonl",
+        [{"prompt": f"thing {n % 4} costs", "completion": f" {n} euros and ten cents"} for n in range(12)],
+    )
     return tmp_path
 
 
