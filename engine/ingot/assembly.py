@@ -13,13 +13,13 @@ from ingot.model import adapters
 from ingot.model.export import export_model, probes
 from ingot.model.load import load_model, parameter_counts, read_whole, resolve_dtype
 from ingot.model.materialize import ShardReader
-from ingot.model.quantize import quantized
+from ingot.model.quantize import quantized, rounded
 from ingot.parallel import fsdp
 from ingot.parallel.sharded import MODEL, OPTIMIZER, recompute_blocks
 from ingot.preparation import QUIET, Prepared
 from ingot.progress import Progress
 from ingot.ranks import Ranks, pick_device, read_ranks
-from ingot.recipe import Recipe
+from ingot.recipe import Parallel, Recipe
 from ingot.runfolder import Run
 from ingot.train.loop import Fitted
 from ingot.train.shards import Written
@@ -40,19 +40,21 @@ class Built(NamedTuple):
 def build(
     recipe: Recipe, home: Path, labels: tuple[str, ...], ranks: Ranks, progress: Progress = QUIET, *, cut: bool = True
 ) -> Built:
-    """The model ready to be trained on these ranks; without `cut` whole on this one, whatever the strategy.
+    """The model ready to be trained on these ranks; without `cut` whole on this one, whatever the strategy, and a
+    quantized base as the plain weights that it computes with.
 
-    Under fsdp and hsdp a rank reads its part only, where that is possible.
+    Under fsdp, hsdp, zero3 and tensor a rank reads its part only, where that is possible.
     """
     dtype = resolve_dtype(recipe.model.dtype, pick_device(read_ranks()))
     full = recipe.adapter.kind == "none"
     reader = None
-    if cut and recipe.parallel.strategy in ("fsdp", "hsdp"):
+    section = recipe.parallel
+    if cut and ranks.world > 1 and (section.strategy in ("fsdp", "hsdp", "zero3") or section.tensor > 1):
         reason = _whole_because(recipe)
         if reason is None:
-            copies, size = fsdp.grid(recipe.parallel, ranks)
-            offloaded = torch.device("cpu") if recipe.parallel.offload == "parameters" else None
-            reader = ShardReader(size, copies, offloaded)
+            copies, size = _grid(section, ranks)
+            offloaded = torch.device("cpu") if section.offload == "parameters" else None
+            reader = ShardReader(size, copies, offloaded, section.tensor)
         else:
             progress.note(f"load: every rank holds the whole model in CPU memory until it is cut, because {reason}")
     # Full fine-tuning keeps float32 master weights and computes in `dtype`; a frozen base is held in `dtype` itself.
@@ -66,7 +68,7 @@ def build(
         read=reader or read_whole,
     )
     if recipe.quantization.kind != "none":
-        model = quantized(model, recipe.quantization)
+        model = (quantized if cut else rounded)(model, recipe.quantization)
     model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, recipe.train.seed)
     if recipe.train.gradient_checkpointing:
         recompute_blocks(model)
@@ -85,9 +87,15 @@ def _whole_because(recipe: Recipe) -> str | None:
         return "adapter.dora starts from the norms of whole weights"
     if recipe.quantization.kind != "none":
         return f"quantization.kind={recipe.quantization.kind} needs whole weights"
-    if recipe.parallel.tensor > 1:
-        return f"parallel.tensor={recipe.parallel.tensor} cuts whole matrices first"
     return None
+
+
+def _grid(section: Parallel, ranks: Ranks) -> tuple[int, int]:
+    """(copies of the model, ranks or groups of ranks that cut one copy)."""
+    groups = ranks.world // section.tensor
+    if section.strategy in ("none", "ddp"):
+        return groups, 1
+    return fsdp.grid(section, ranks) if section.tensor == 1 else (1, groups)
 
 
 def rebuilt(

@@ -12,7 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ingot.cache_command import cache
+from ingot.display import score_table, short, show_summary
 from ingot.errors import IngotError, RecipeError
+from ingot.launch.detect import detect
 from ingot.progress import Progress
 from ingot.recipe import Recipe
 from ingot.recipe_io import json_schema, load_recipe
@@ -45,6 +48,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Resume = Annotated[
     Path | None, typer.Option("--resume", help="Folder of an interrupted run to continue.", show_default=False)
 ]
+ProfileSteps = Annotated[
+    int | None,
+    typer.Option("--profile", help="Record so many steps with torch's profiler: diagnose.profile_steps.", min=1),
+]
+MemorySnapshot = Annotated[
+    bool, typer.Option("--memory-snapshot", help="Record the GPU's allocations of them: diagnose.memory_snapshot.")
+]
 
 
 class Part(StrEnum):
@@ -63,6 +73,8 @@ def run(
         Path | None, typer.Option(help="Also write what happened as JSON to this file.", show_default=False)
     ] = None,
     resume: Resume = None,
+    profile: ProfileSteps = None,
+    memory_snapshot: MemorySnapshot = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -76,7 +88,7 @@ def run(
     """
 
     def work() -> None:
-        loaded = load_recipe(recipe, overrides or ())
+        loaded = load_recipe(recipe, [*(overrides or ()), *_diagnosed(profile, memory_snapshot)])
         if summary is not None and not summary.resolve().parent.is_dir():
             raise RecipeError("--summary", str(summary), f"the folder {summary.resolve().parent} does not exist")
         from ingot import verbs
@@ -89,14 +101,20 @@ def run(
         if as_json:
             print(json.dumps(result, ensure_ascii=False))
         else:
-            _show_summary(result)
+            show_summary(result, out)
 
     _guarded(work, debug)
 
 
 @app.command()
 def finetune(
-    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = None, as_json: Json = False, debug: Debug = False
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    profile: ProfileSteps = None,
+    memory_snapshot: MemorySnapshot = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Train only; leaves checkpoints, adapter and merged model in a new run's folder.
 
@@ -110,16 +128,16 @@ def finetune(
     """
 
     def work() -> None:
-        loaded = load_recipe(recipe, overrides or ())
+        loaded = load_recipe(recipe, [*(overrides or ()), *_diagnosed(profile, memory_snapshot)])
         from ingot import verbs
 
         done = verbs.finetune(loaded, home=recipe.resolve().parent, resume=resume, progress=Progress(quiet=as_json))
-        if int(os.environ.get("RANK", "0")) == 0:
+        if detect(os.environ).main:
             record = done.record()
             _result(
                 as_json,
                 {"run": str(done.folder), **record["stages"]["finetune"]},
-                f"run: {done.folder}\nnext: ingot evaluate {_short(done.folder)}",
+                f"run: {done.folder}\nnext: ingot evaluate {short(done.folder)}",
             )
 
     _guarded(work, debug)
@@ -171,7 +189,7 @@ def evaluate(
         if as_json:
             print(json.dumps(result, ensure_ascii=False))
         else:
-            out.print(_score_table(result))
+            out.print(score_table(result))
 
     _guarded(work, debug)
 
@@ -193,7 +211,34 @@ def package(
         from ingot import verbs
 
         path = verbs.package(folder, progress=Progress(quiet=as_json))
-        _result(as_json, {"package": str(path)}, f"package: {path}\nnext: ingot serve {_short(path)}")
+        _result(as_json, {"package": str(path)}, f"package: {path}\nnext: ingot serve {short(path)}")
+
+    _guarded(work, debug)
+
+
+@app.command()
+def consolidate(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder, or a checkpoint's.", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a sharded checkpoint into one folder that transformers (or, for an adapter, peft) loads.
+
+    Examples:
+
+        ingot consolidate runs/quickstart-20261124-101500-1a2b3c adapter
+
+        ingot consolidate runs/quickstart-20261124-101500-1a2b3c/checkpoints/step-000100 adapter-100
+    """
+
+    def work() -> None:
+        from ingot import verbs
+
+        path = verbs.consolidate(source, folder)
+        _result(as_json, {"folder": str(path)}, f"consolidated: {path}")
 
     _guarded(work, debug)
 
@@ -285,17 +330,26 @@ def runs(
         if not found:
             raise IngotError(f"no runs in {output.resolve()}; start one with: ingot run recipes/quickstart.yaml")
         table = Table(box=None, header_style="bold")
-        table.add_column("run", no_wrap=True, min_width=max(len(_short(Path(record["folder"]))) for record in found))
+        table.add_column("run", no_wrap=True, min_width=max(len(short(Path(record["folder"]))) for record in found))
         for column in ("created", "status", "scores (tuned)"):
             table.add_column(column)
         for record in found:
             scores = record["metrics"].get("tuned") or {}
             shown = "\n".join(f"{name} {score['value']:.3f}" for name, score in scores.items())
             created = record["created"][:16].replace("T", " ")
-            table.add_row(_short(Path(record["folder"])), created, record["status"], shown)
+            table.add_row(short(Path(record["folder"])), created, record["status"], shown)
         out.print(table)
 
     _guarded(work, debug)
+
+
+def _diagnosed(profile: int | None, memory_snapshot: bool) -> list[str]:
+    """The flags as settings."""
+    settings = [f"diagnose.profile_steps={profile}"] if profile is not None else []
+    return [*settings, "diagnose.memory_snapshot=true"] if memory_snapshot else settings
+
+
+app.command()(cache)
 
 
 def main() -> None:
@@ -317,17 +371,16 @@ def _guarded(work: Callable[[], None], debug: bool) -> None:
 def _fail(error: IngotError, debug: bool) -> NoReturn:
     if debug:
         raise error
-    rank = os.environ.get("RANK")
-    prefix = f"error (rank {rank})" if rank not in (None, "0") else "error"
+    if getattr(error, "printed", False):  # by one rank for all
+        raise typer.Exit(error.exit_code) from None
+    try:
+        rank = detect(os.environ).rank
+    except IngotError:  # which may be the error
+        rank = 0
+    prefix = f"error (rank {rank})" if rank else "error"
     err.print(f"[bold red]{prefix}:[/] ", end="")
     err.print(str(error), markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(error.exit_code) from None
-
-
-def _short(path: Path) -> str:
-    """`path` as the user would type it from here."""
-    path = path.resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _result(as_json: bool, values: dict[str, Any], text: str) -> None:
@@ -335,32 +388,3 @@ def _result(as_json: bool, values: dict[str, Any], text: str) -> None:
         print(json.dumps(values, ensure_ascii=False))
     else:
         out.print(text, highlight=False, soft_wrap=True)
-
-
-def _score_table(result: dict[str, Any]) -> Table:
-    table = Table(box=None, header_style="bold")
-    for column in result["columns"]:
-        table.add_column(column, no_wrap=True, justify="left" if column == result["columns"][0] else "right")
-    for row in result["table"]:
-        # The interval below its value: five columns then fit a terminal of 80 characters.
-        table.add_row(*(str(row[column]).replace(" [", "\n[") for column in result["columns"]))
-    return table
-
-
-def _show_summary(result: dict[str, Any]) -> None:
-    out.print()
-    if "table" in result:
-        out.print(_score_table(result))
-        out.print()
-    if "answer" in result:
-        out.print("[bold]asked over HTTP[/] ", end="")
-        out.print(result["question"], markup=False, highlight=False)
-        out.print("[bold]answered[/]        ", end="")
-        out.print(result["answer"], markup=False, highlight=False)
-        out.print()
-    seconds = "   ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in result["stages"].items())
-    out.print(f"[bold]stages[/]  {seconds}", highlight=False)
-    for name, path in result["paths"].items():
-        out.print(f"[bold]{name:<11}[/]{_short(Path(path))}", highlight=False, soft_wrap=True)
-    if "package" in result["paths"]:
-        out.print(f"\nnext: ingot serve {_short(Path(result['paths']['package']))}", highlight=False, soft_wrap=True)

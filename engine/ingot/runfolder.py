@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ingot.errors import IngotError
+from ingot.launch import process
 from ingot.recipe import Recipe
 from ingot.recipe_io import dump_recipe, load_recipe, recipe_hash
 
@@ -81,8 +82,10 @@ class Run:
         return stage in self.record()["stages"]
 
 
-def create_run(recipe: Recipe, home: Path) -> Run:
+def create_run(recipe: Recipe, home: Path, job: str | None = None) -> Run:
     """Make a new folder under `recipe.output` and write the resolved recipe into it.
+
+    job: the launcher's name of the job, which a restart of it has too.
 
     Raises IngotError when the folder cannot be written.
     """
@@ -102,6 +105,8 @@ def create_run(recipe: Recipe, home: Path) -> Run:
                 "python": platform.python_version(),
                 "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
                 "status": "started",
+                "job": job,
+                "process": process.myself(),
                 "stages": {},
             },
         )
@@ -110,6 +115,18 @@ def create_run(recipe: Recipe, home: Path) -> Run:
             f"the run's folder {folder} cannot be written ({error.strerror}); set output=FOLDER to another place"
         ) from error
     return Run(folder, recipe, home.resolve())
+
+
+def find_run(recipe: Recipe, job: str | None) -> Run | None:
+    """The newest run that this job began with this recipe and did not finish; None when there is none.
+
+    A run whose process still trains on this machine is not it: the job trains the same recipe twice at a time.
+    """
+    for record in list_runs(Path(recipe.output).resolve()) if job is not None else []:
+        same = record.get("job") == job and record["recipe_hash"] == recipe_hash(recipe)
+        if same and record["status"] != "finished" and not process.alive(record["process"]):
+            return open_run(Path(record["folder"]))
+    return None
 
 
 def _new_folder(output: Path, recipe: Recipe) -> Path:
@@ -135,6 +152,24 @@ def open_run(folder: Path) -> Run:
     except (ValueError, KeyError) as error:
         raise IngotError(f"{folder / 'run.json'} is damaged ({error}); start a new run") from error
     return Run(folder, load_recipe(folder / "resolved.yaml"), home)
+
+
+def find_checkpoint(target: Path) -> tuple[Path, Run | None]:
+    """A run's folder, or a checkpoint's -> the checkpoint, and the run that it belongs to if it is still in its folder.
+
+    Raises IngotError for anything else.
+    """
+    if (target / "run.json").is_file():
+        run = open_run(target)
+        wanted = ("best", "last") if run.recipe.train.final == "best" else ("last",)
+        found = [run.checkpoints / name for name in wanted if (run.checkpoints / name).exists()]
+        if not found:
+            raise IngotError(f"{run.folder} holds no checkpoint yet")
+        return found[0].resolve(), run
+    if (target / "checkpoint.json").is_file():
+        folder = target.resolve().parents[1]
+        return target.resolve(), open_run(folder) if (folder / "run.json").is_file() else None
+    raise IngotError(f"{target} is neither a run nor a checkpoint: it has no run.json and no checkpoint.json")
 
 
 def list_runs(output: Path) -> list[dict[str, Any]]:

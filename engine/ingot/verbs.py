@@ -4,42 +4,45 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ingot.assembly import build, export, rebuilt
 from ingot.data import inspect as view
 from ingot.data.splits import load_splits
+from ingot.data.stream import first_rows
 from ingot.data.template import encode_all
 from ingot.errors import IngotError, Interrupted, RecipeError
 from ingot.evaluation import report
 from ingot.evaluation.measure import choose
 from ingot.evaluation.runner import Comparison, Evaluation, Score, compare, load_comparison, load_scores
+from ingot.launch import process
 from ingot.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
 from ingot.packaging.bundle import package_model
 from ingot.packaging.verify import verify_package
-from ingot.parallel import rules
+from ingot.parallel import heartbeat, rules
+from ingot.parallel.blame import collectives
 from ingot.parallel.strategies import parallelize
+from ingot.preparation import QUIET, preflight, prepare
 from ingot.progress import Progress
-from ingot.ranks import Ranks, on_main, pick_device, process_group, read_ranks
+from ingot.ranks import Ranks, idle_gpus, on_main, pick_device, process_group, read_ranks
 from ingot.recipe import Recipe
 from ingot.recipe_io import flat_params, load_recipe, recipe_hash
-from ingot.runfolder import Run, create_run, open_run, versions, write_json
+from ingot.runfolder import Run, create_run, find_checkpoint, find_run, open_run, versions, write_json
 from ingot.serving.server import check_address
 from ingot.serving.server import serve as serve_forever
 from ingot.stages import (
-    QUIET,
     ask_endpoint,
     base_model,
-    build,
     draw,
     examples_with_answers,
-    export,
     measured,
-    preflight,
-    prepare,
     resolve,
     servable,
     set_threads,
@@ -48,6 +51,9 @@ from ingot.stages import (
     tuned_model,
 )
 from ingot.track import Tracker
+from ingot.train import profile
+from ingot.train.checkpoint import published, step_name
+from ingot.train.consolidate import consolidate as write_consolidated
 
 
 def finetune(
@@ -65,30 +71,45 @@ def finetune(
     Raises:
         IngotError: and its children, for everything that the user can mend. Interrupted after Ctrl-C.
     """
-    recipe, home = _opened(recipe, home)
+    return _finetune(*_opened(recipe, home), resume, progress)
+
+
+def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progress, *, go_on: bool = False) -> Run:
+    """`finetune`. With `go_on` a restarted job that has trained already is not trained again."""
     ranks = read_ranks()
     progress = progress if ranks.main else QUIET
     device = pick_device(ranks)
-    recipe = resolve(recipe, home, ranks, device)
-    decided = [f"model.dtype={recipe.model.dtype}", f"parallel.strategy={recipe.parallel.strategy}"]
+    recipe = resolve(recipe, home, ranks, device, progress.note)
+    decided = [f"model.dtype={recipe.model.dtype}", f"data.batches={recipe.data.batches}"]
+    decided += [f"model.attention={recipe.model.attention}", f"parallel.strategy={recipe.parallel.strategy}"]
     progress.note(f"{recipe.name}: {device.type}, {ranks.world} ranks, {' '.join(decided)}")
+    if idle := idle_gpus(ranks):
+        progress.note(idle)
     rules.check(recipe, ranks)
+    profile.check(recipe.diagnose, device)
     set_threads(recipe, ranks)
     prepared = prepare(recipe, home, progress)
     preflight(recipe, home, prepared, progress)
     with process_group(ranks, recipe.parallel, device):
-        run = on_main(lambda: create_run(recipe, home) if resume is None else _resumable(recipe, resume))
+        run, begun = on_main(lambda: _claim(recipe, home, resume, ranks, go_on, progress))
+        if run.finished("finetune"):
+            return run
         before = run.record().get("tracking_run") if ranks.main else None
         tracker = Tracker.start(recipe.track, run.folder, recipe.name, flat_params(recipe), ranks.main, run_id=before)
         if ranks.main:
             run.note(tracking_run=tracker.run_id)
         with tracker, _status(run, ranks):
             started = time.perf_counter()
-            model, initial = build(recipe, home, prepared.splits.labels)
-            sharded = parallelize(model, ranks, recipe, device, resolve_dtype(recipe.model.dtype, device))
-            fitted = train(sharded, prepared, recipe, run, resume is not None, tracker, progress)
+            with _watched(run, ranks, device) as pulse:
+                model, initial, fill = build(recipe, home, prepared.facts.labels, ranks, progress)
+                sharded = parallelize(model, ranks, recipe, device, resolve_dtype(recipe.model.dtype, device), fill)
+                fitted = train(sharded, prepared, recipe, run, begun, tracker, progress, pulse)
             if ranks.main:
-                facts = export(sharded.plain, initial, prepared, recipe, run, fitted)
+                if not sharded.whole or recipe.quantization.kind != "none":
+                    del model, sharded, fill  # before another copy is made
+                    checkpoint = run.checkpoints / step_name(fitted.final_step)
+                    model, initial = rebuilt(recipe, home, prepared.facts.labels, checkpoint, device)
+                facts = export(model, initial, prepared, recipe, run, fitted)
                 run.note_stage("finetune", time.perf_counter() - started, **facts)
                 tracker.artifact(run.folder / "resolved.yaml")
     return run
@@ -108,7 +129,7 @@ def evaluate(run: Run | Path, *, progress: Progress = QUIET) -> tuple[Evaluation
         )
     device = pick_device(Ranks())
     set_threads(recipe, Ranks())
-    tokenizer, splits = load_tokenizer(recipe.model, run.home), load_splits(recipe, run.home)
+    tokenizer, splits = load_tokenizer(recipe.model, run.home), load_splits(recipe, run.home, ("test",))
     examples = choose(splits.test, recipe)
     run.evaluation.mkdir(exist_ok=True)
     base = None
@@ -133,7 +154,7 @@ def evaluate_base(recipe: Recipe | str | Path, *, home: Path | None = None, prog
     recipe, home = _opened(recipe, home)
     device = pick_device(Ranks())
     recipe = resolve(recipe, home, Ranks(), device)
-    tokenizer, splits = load_tokenizer(recipe.model, home), load_splits(recipe, home)
+    tokenizer, splits = load_tokenizer(recipe.model, home), load_splits(recipe, home, ("test",))
     model = base_model(recipe, home, splits.labels, device)
     return measured("base", model, tokenizer, choose(splits.test, recipe), splits, recipe, progress)
 
@@ -175,6 +196,18 @@ def package(run: Run | Path, *, progress: Progress = QUIET) -> Path:
     return out
 
 
+def consolidate(target: Path, out: Path) -> Path:
+    """Write the trained weights of a run's best or last checkpoint (as its `train.final` says), or of the checkpoint
+    that is named, as one folder that transformers or peft loads. Works while the run is training, and after it died.
+    """
+    checkpoint, run = find_checkpoint(target)
+    if run is None:
+        return write_consolidated(checkpoint, out, None, target)
+    classes = run.recipe.objective.task == "text-classification"
+    labels = load_splits(run.recipe, run.home, ("test",)).labels if classes else ()
+    return write_consolidated(checkpoint, out, run.recipe, run.home, labels)
+
+
 def serve(target: Path, *, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve a run, a package or a Hugging Face folder until Ctrl-C. Loopback unless INGOT_API_KEY is set."""
     serve_forever(servable(target), host=host, port=port)
@@ -196,7 +229,7 @@ def run(
     if resume is not None and open_run(resume).finished("finetune"):
         done = _continued(resolve(recipe, home, read_ranks(), pick_device(read_ranks())), resume)
     else:
-        done = finetune(recipe, home=home, resume=resume, progress=progress)
+        done = _finetune(recipe, home, resume, progress, go_on=True)
     if not read_ranks().main:
         return {}
     if recipe.evaluate.enabled and not done.finished("evaluate"):
@@ -236,9 +269,48 @@ def _resumable(recipe: Recipe, folder: Path) -> Run:
             str(folder),
             "its fine-tuning is finished; `ingot run RECIPE --resume` goes on with the next stage",
         )
-    if not (run.checkpoints / "last").exists():
+    if not published(run.checkpoints):
         raise RecipeError("--resume", str(folder), "it has no checkpoint yet; start a new run")
     return run
+
+
+def _claim(
+    recipe: Recipe, home: Path, resume: Path | None, ranks: Ranks, go_on: bool, progress: Progress
+) -> tuple[Run, bool]:
+    """On rank 0: (the run to train in, whether it has a checkpoint to go on from).
+
+    Without `resume` it is the run that this job began before it was restarted, else a new one.
+    """
+    run = find_run(recipe, ranks.job) if resume is None else _resumable(recipe, resume)
+    if run is not None and resume is None and run.finished("finetune") and not go_on:
+        run = None
+    if run is None:
+        return create_run(recipe, home, ranks.job), False
+    run = replace(run, recipe=recipe)
+    begun = bool(published(run.checkpoints))
+    if resume is None:
+        where = "its newest checkpoint" if begun else "its first step: it has no checkpoint yet"
+        where = "the stage after fine-tuning" if run.finished("finetune") else where
+        progress.note(f"restarted job {ranks.job}: {run.folder} goes on from {where}")
+    restarts = run.record().get("restarts", 0) + 1
+    run.note(status="started", job=ranks.job, process=process.myself(), restarts=restarts, error=None)
+    return run, begun
+
+
+def _watched(run: Run, ranks: Ranks, device: torch.device) -> heartbeat.Heartbeat:
+    """Watches the ranks while they train."""
+    section = run.recipe.parallel
+    folder = run.folder / "heartbeat"
+    if ranks.world > 1:
+        folder = on_main(lambda: heartbeat.fresh(folder))
+    return heartbeat.Heartbeat(
+        folder,
+        ranks,
+        section.timeout_minutes * 60,
+        collectives(section, cuda=device.type == "cuda"),
+        advice=lambda: f"Continue with --resume {run.folder}" if published(run.checkpoints) else "",
+        on_lost=lambda text: run.note(status="failed", error=text),
+    )
 
 
 @contextlib.contextmanager
@@ -273,8 +345,9 @@ def scores_as_dict(
 
 def inspect(recipe: Recipe, home: Path, part: str, count: int, console: Any) -> None:
     """Show `count` rows of `part` with the mask in colour on `console`, or print them as JSON when it is None."""
-    tokenizer, splits = load_tokenizer(recipe.model, home), load_splits(recipe, home)
-    examples = getattr(splits, part)
+    tokenizer, splits = load_tokenizer(recipe.model, home), load_splits(recipe, home, (part,))
+    streamed = recipe.data.streaming and part == "train"
+    examples = first_rows(recipe, home) if streamed else getattr(splits, part)
     rows, dropped = encode_all(examples, tokenizer, recipe.data, recipe.objective, splits.labels)
     if console is None:
         shown = view.as_dict(rows[:count], tokenizer)
