@@ -1,5 +1,8 @@
 """Four ranks that share rows, lines and matrices at once: the same losses, gradients and model as one rank."""
 
+import json
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -57,3 +60,16 @@ def test_four_ranks_train_as_one(ran: Any, name: str) -> None:
 @pytest.mark.parametrize("name", [cell["name"] for cell in ZERO])
 def test_four_ranks_train_as_one_by_deepspeed(ran: Any, name: str) -> None:
     ran(name, gradients=False)  # deepspeed keeps them to itself
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_each_of_four_ranks_reads_its_part(trainer: ModuleType, tmp_path: Path) -> None:
+    trainer.finished(trainer.launch(4, [], tmp_path, str(Path(__file__).with_name("tensor_models.py"))), seconds=1500)
+    cases = json.loads((tmp_path / "found.json").read_text())
+    assert len(cases) == 5
+    for name, found in cases.items():
+        assert (found["weights"], found["buffers"], found["in parts"]) == (0, 0, True), name
+        assert found["gradients"] < 1e-5, name
+        assert found["steps"] < 1e-4, name
+        assert found["held"] < (0.3 if name.startswith("cut") else 0.6), name

@@ -1,6 +1,7 @@
 """Two ranks share every matrix: the same losses, gradients and model as one rank that holds whole ones."""
 
 import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -87,3 +88,26 @@ def test_what_cannot_be_cut_is_turned_away(ran: Any, name: str) -> None:
     said = json.loads((ran.many / f"{name}.json").read_text())
     assert said["kind"] == "RecipeError"
     assert REFUSED[name][1] in said["error"]
+
+
+@pytest.fixture(scope="session")
+def loaded(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("models")
+    trainer.finished(trainer.launch(2, [], out, str(Path(__file__).with_name("tensor_models.py"))))
+    found: dict[str, Any] = json.loads((out / "found.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "norms of heads", "biases", "experts", "tied to what is whole"])
+def test_a_rank_reads_its_part_and_steps_as_one_does(loaded: dict[str, Any], name: str) -> None:
+    found = loaded[name]
+    assert (found["weights"], found["buffers"], found["same trained"]) == (0, 0, True)
+    assert found["gradients"] < 1e-5
+    assert found["steps"] < 1e-4  # of 1e-2
+    assert found["in parts"]
+    assert found["held"] < (0.9 if name == "tied to what is whole" else 0.6)
+
+
+@pytest.mark.parametrize("name", ["no plan", "three heads"])
+def test_a_model_is_turned_away_before_it_is_read(loaded: dict[str, Any], name: str) -> None:
+    assert loaded[name]["error"].startswith("parallel.tensor = 2: ")

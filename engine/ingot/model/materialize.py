@@ -21,6 +21,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ingot.errors import IngotError
+from ingot.model.split import whole_because_tied
 
 # What peft puts between a base model's names.
 WRAPPERS = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
@@ -29,13 +30,15 @@ WRAPPERS = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|modul
 class ShardReader:
     """Reads a model cut over `size` ranks, repeated `copies` times (rank = copy * size + part).
 
+    `tensor`: ranks that share a part by the model's own plan (rank = (copy * size + part) * tensor + share).
+
     Called in place of `from_pretrained`, it returns a model whose read weights take no memory; `lay_out` makes them
     tensors on the meta device, and `fill` puts this rank's rows in after the model has been cut along their first
     dimension. `device`: where they lie then; None: where they were read to (the GPU, if there is one).
     """
 
-    def __init__(self, size: int, copies: int = 1, device: torch.device | None = None) -> None:
-        self.size, self.copies, self.device = size, copies, device
+    def __init__(self, size: int, copies: int = 1, device: torch.device | None = None, tensor: int = 1) -> None:
+        self.size, self.copies, self.device, self.tensor = size, copies, device, tensor
         self._rows: dict[str, Tensor] = {}
         self._shapes: dict[str, torch.Size] = {}
 
@@ -44,6 +47,9 @@ class ShardReader:
         before = torch.get_rng_state()
         with _quiet(), _own_device():
             hull, info = kind.from_pretrained(path, **options, device_map="meta", output_loading_info=True)
+            if self.tensor > 1 and whole_because_tied(hull, self.tensor):  # there transformers would cut otherwise
+                whole: nn.Module = kind.from_pretrained(path, **options)
+                return whole
             cut = kind.from_pretrained(path, **options, distributed_config=self._config(hull))
         new = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
         known: dict[str, Tensor] = {}
@@ -75,18 +81,17 @@ class ShardReader:
                 if parameter.is_meta:
                     raise IngotError(f"no weights were read for {name}; please report this model")
                 continue
-            assert isinstance(parameter, DTensor)
             rows = self._rows[key].to(self.device or self._rows[key].device, parameter.dtype)
-            if rows.shape != parameter.to_local().shape or parameter.shape != self._shapes[key]:
-                raise IngotError(
-                    f"{name}: rows {list(rows.shape)} were read for a part {list(parameter.to_local().shape)}"
-                )
-            mesh, placements = parameter.device_mesh, parameter.placements
+            part = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
+            if rows.shape != part or parameter.shape != self._shapes[key]:
+                raise IngotError(f"{name}: rows {list(rows.shape)} were read for a part {list(part)}")
             # A head that is trained beside its frozen original is read once.
-            local = rows.clone() if key in used else rows
-            fresh = DTensor.from_local(
-                local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-            )
+            fresh = rows.clone() if key in used else rows
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                fresh = DTensor.from_local(
+                    fresh, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+                )
             _place(places, fresh, parameter.requires_grad)
             used.add(key)
         self._rows.clear()
@@ -95,7 +100,9 @@ class ShardReader:
         """transformers wants a plan: any one module will do, since the rest of the model is cut with its root."""
         holder = next(name for name, module in hull.named_modules() if name and module._parameters)
         plan = {re.sub(r"\.\d+(?=\.|$)", ".*", holder): "free_full_weight"}
-        return DistributedConfig(fsdp_size=self.size, dp_replicate_size=self.copies, fsdp_plan=plan)
+        return DistributedConfig(
+            tp_size=self.tensor, fsdp_size=self.size, dp_replicate_size=self.copies, fsdp_plan=plan
+        )
 
     def _key(self, name: str) -> str | None:
         """What a parameter of the model that trains was called where it was read."""

@@ -39,15 +39,7 @@ def split(model: nn.Module, mesh: DeviceMesh, rank: int) -> None:
     No rank talks to another: each cuts its part out of the whole model that it holds. Raises RecipeError for a model
     without a plan, with heads that cannot be shared evenly, or with an adapter on a layer that cannot be cut with it.
     """
-    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    plan = inner.tp_plan
-    if not plan:
-        raise RecipeError(
-            "parallel.tensor",
-            mesh.size(),
-            f"transformers has no tensor-parallel plan for {type(inner).__name__}; cut it by parallel.strategy=fsdp",
-        )
-    _check_heads(inner, plan, mesh.size())
+    inner, plan = planned(model, mesh.size())
     styled = list(_styles(inner, plan))
     whole = _held_elsewhere(inner, styled)
     cut: dict[int, nn.Parameter] = {}  # tied weights are cut once
@@ -79,6 +71,28 @@ def split(model: nn.Module, mesh: DeviceMesh, rank: int) -> None:
         style = plan.get(replace_layer_number_by_wildcard(name))
         if style is not None and hasattr(module, "lora_A"):
             _split_adapter(name, module, style, mesh, rank)
+
+
+def planned(model: nn.Module, size: int) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The transformers model in `model`, and its plan. Raises RecipeError where `size` ranks cannot follow it."""
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    plan = inner.tp_plan
+    if not plan:
+        raise RecipeError(
+            "parallel.tensor",
+            size,
+            f"transformers has no tensor-parallel plan for {type(inner).__name__}; cut it by parallel.strategy=fsdp",
+        )
+    _check_heads(inner, plan, size)
+    return inner, plan
+
+
+def whole_because_tied(model: nn.Module, size: int) -> bool:
+    """Whether something that the plan would cut stays whole here: it is tied to something that the plan leaves out."""
+    inner, plan = planned(model, size)
+    styled = list(_styles(inner, plan))
+    whole = _held_elsewhere(inner, styled)
+    return any(id(p) in whole for _, module, _ in styled for p in module.parameters(recurse=False))
 
 
 def _styles(inner: PreTrainedModel, plan: dict[str, str]) -> Iterator[tuple[str, nn.Module, str | None]]:

@@ -36,7 +36,7 @@ def parallelize(
 ) -> Sharded:
     """Move `model` to `device` and spread it as `recipe.parallel` says.
 
-    `fill` (fsdp, hsdp) puts weights into a model that lies on the meta device, once it is cut.
+    `fill` (fsdp, hsdp, zero3, tensor) puts weights into a model that lies on the meta device, once it is cut.
 
     Raises RecipeError where rules.py does: callers ask it first, before anything is loaded.
     """
@@ -54,19 +54,33 @@ def parallelize(
 
 
 def single(
-    model: nn.Module, layout: Layout, section: Parallel, optim: Optim, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    layout: Layout,
+    section: Parallel,
+    optim: Optim,
+    device: torch.device,
+    dtype: torch.dtype,
+    fill: Callable[[nn.Module], None] | None = None,
 ) -> Sharded:
     """One rank, or one group of ranks that share a line or a matrix: the model as it is."""
     if layout.ranks.world > 1:
-        return replicate(model, layout, section, optim, device, dtype)
+        return replicate(model, layout, section, optim, device, dtype, fill)
     model.to(device)
     return Sharded(model, model, layout, dtype, make_optimizer(model, optim))
 
 
 def replicate(
-    model: nn.Module, layout: Layout, section: Parallel, optim: Optim, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    layout: Layout,
+    section: Parallel,
+    optim: Optim,
+    device: torch.device,
+    dtype: torch.dtype,
+    fill: Callable[[nn.Module], None] | None = None,
 ) -> Sharded:
-    """Every rank holds everything; gradients are averaged while the backward pass runs."""
+    """Every rank (or group of ranks that share matrices) holds everything, and gradients are added up."""
+    if fill is not None:
+        fill(model)
     model.to(device)
     if layout.tensor > 1:
         return tensor.TensorSharded(model, model, layout, dtype, make_optimizer(model, optim))
