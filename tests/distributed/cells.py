@@ -189,14 +189,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(n_ranks: int, cells: list[dict[str, Any]], out: Path) -> list[subprocess.Popen[str]]:
-    """Start `n_ranks` processes that train `cells` one after another."""
+def launch(
+    n_ranks: int, cells: list[dict[str, Any]], out: Path, script: str = __file__
+) -> list[subprocess.Popen[str]]:
+    """Start `n_ranks` processes that train `cells` one after another, and what else `script` does."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "cells.json").write_text(json.dumps(cells))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n_ranks)}
     roots = os.pathsep.join(str(Path(__file__).resolve().parents[2] / name) for name in ("engine", "kernels"))
     env = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "PYTHONPATH": roots}
-    command = [sys.executable, "-W", "ignore", __file__, str(out / "cells.json"), str(out)]
+    command = [sys.executable, "-W", "ignore", script, str(out / "cells.json"), str(out)]
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_ranks)]
     return [subprocess.Popen(command, env={**env, **number}, **said) for number in numbers]
