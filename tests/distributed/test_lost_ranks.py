@@ -123,6 +123,7 @@ def losses(run: Path) -> list[float]:
     return [point["metrics"]["train_loss"] for point in read_metrics(run / "metrics.jsonl")]
 
 
+@pytest.mark.timeout(1200)  # six launches of two processes: 420 s measured on two cores that ten others shared
 def test_lost_ranks_are_named_and_their_jobs_go_on(recipe_file, tmp_path, job_number):
     """One undisturbed run, and two that were disturbed and went on: the same losses, bit for bit."""
     with Job(mpirun, job_number, recipe_file, tmp_path / "whole") as job:
