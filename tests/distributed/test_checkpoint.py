@@ -117,3 +117,34 @@ def test_a_rank_that_dies_in_a_save_is_no_endless_wait(saw):
     for part in ("another rank ended meanwhile", "step-000001. Mend that, then --resume"):
         assert part in alive["said"]
     assert alive["left"] == ["last", "step-000001"]
+
+
+@pytest.mark.gpu
+def test_a_gpus_state_is_copied_and_written_beside_training(tmp_path):
+    """The copy is in pinned host memory and complete before the next step changes what it was taken from."""
+    import torch
+
+    from ingot.ranks import Ranks
+    from ingot.train.checkpoint import Checkpoints, Progress
+
+    class Bag:
+        device = torch.device("cuda", 0)
+
+        def __init__(self, value: float) -> None:
+            self.tensors = {"model/a": torch.full((4096, 1024), value, device="cuda")}
+
+        def state(self) -> dict[str, torch.Tensor]:
+            return dict(self.tensors)
+
+        def load(self, state: dict[str, torch.Tensor]) -> None:
+            self.tensors |= state
+
+    kept, bag = Checkpoints(tmp_path, Ranks(), "hash", keep=1), Bag(1.0)
+    kept.save(bag, Progress(steps=2, recipe_hash="hash", step=1))
+    bag.tensors["model/a"].add_(1.0)
+    assert all(buffer.is_pinned() for buffer in kept._buffers.values())
+    kept.wait()
+    other = Bag(0.0)
+    kept.load(other, "last", pytest.fail)
+    assert bool((other.tensors["model/a"] == 1.0).all())
+    assert other.tensors["model/a"].is_cuda
