@@ -28,7 +28,7 @@ from ingot.packaging.bundle import package_model
 from ingot.packaging.verify import verify_package
 from ingot.parallel import heartbeat, rules
 from ingot.parallel.blame import collectives
-from ingot.parallel.strategies import parallelize
+from ingot.parallel.strategies import check_model, parallelize
 from ingot.preparation import QUIET, preflight, prepare
 from ingot.progress import Progress
 from ingot.ranks import Ranks, idle_gpus, on_main, pick_device, process_group, read_ranks
@@ -86,6 +86,7 @@ def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progres
     if idle := idle_gpus(ranks):
         progress.note(idle)
     rules.check(recipe, ranks)
+    check_model(recipe, home)
     profile.check(recipe.diagnose, device)
     set_threads(recipe, ranks)
     prepared = prepare(recipe, home, progress)

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ingot.model.load import load_model
+from ingot.model.split import planned
 from ingot.parallel import context, tensor
 from ingot.parallel.layout import Layout
 from ingot.parallel.optim import make_optimizer
@@ -24,6 +27,23 @@ STRATEGIES = {
     "zero2": "ingot.parallel.zero:stage2",
     "zero3": "ingot.parallel.zero:stage3",
 }
+
+
+def check_model(recipe: Recipe, home: Path) -> None:
+    """Raise RecipeError where the model's own shape does not allow the sharing that `recipe.parallel` asks for.
+
+    Only its configuration is read.
+    """
+    section = recipe.parallel
+    if section.context * section.tensor == 1:
+        return
+    with torch.device("meta"):
+        described = recipe.model.model_copy(update={"initialization": "random"})
+        model = load_model(described, home, recipe.objective.task, ("one", "other"))
+    if section.context > 1:
+        context.check(model, section.context)
+    if section.tensor > 1:
+        planned(model, section.tensor)
 
 
 def parallelize(
