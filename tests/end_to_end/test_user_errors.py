@@ -278,7 +278,7 @@ def test_loss_that_is_not_finite(ingot, project):
     done = ingot("finetune", project.recipe, "adapter.kind=none", "optim.lr=1e30", "optim.clip_grad_norm=null")
     assert done.code == 1
     assert "loss" in done.err
-    assert "Lower optim.lr" in done.err
+    assert "lower optim.lr" in done.err
     assert json.loads((project.run / "run.json").read_text())["status"] == "failed"
 
 

@@ -12,7 +12,7 @@ from ingot.recipe import Recipe
 from ingot.recipe_io import json_schema, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("run", "finetune", "evaluate", "package", "serve", "inspect", "schema", "runs", "cache")
+VERBS = ("run", "finetune", "evaluate", "package", "serve", "inspect", "schema", "runs", "cache", "consolidate")
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
