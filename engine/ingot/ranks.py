@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import threading
 import time
 import uuid
@@ -24,6 +25,7 @@ Value = TypeVar("Value")
 # A hang is told by parallel/heartbeat.py with the rank's name; the collective's own end comes behind it.
 BACKSTOP_SHARE, BACKSTOP_S = 1.5, 60.0
 NCCL_END_S = 60.0
+TOLD_S = 60.0  # ranks of a node come within seconds of each other; who waits longer should know for whom
 
 
 def read_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
@@ -90,13 +92,19 @@ def _end_within(seconds: float) -> None:
 
 
 def _meet(ranks: Ranks, section: Parallel) -> None:
-    """Wait for all ranks; then give collectives the time that they may take."""
+    """Wait for all ranks, which may still be encoding; then give collectives the time that they may take."""
     seconds = section.timeout_minutes * 60
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    told = threading.Timer(
+        TOLD_S, lambda: print(f"rank {ranks.rank} waits for the other ranks at {where}", file=sys.stderr, flush=True)
+    )
+    told.daemon = True
+    if ranks.local == 0:
+        told.start()
     try:
         dist.init_process_group(
             section.backend,
-            store=_store(ranks, timedelta(seconds=seconds)),
+            store=_store(ranks, timedelta(minutes=section.meeting_minutes)),
             rank=ranks.rank,
             world_size=ranks.world,
             timeout=timedelta(seconds=max(seconds * BACKSTOP_SHARE, seconds + BACKSTOP_S)),
@@ -104,9 +112,11 @@ def _meet(ranks: Ranks, section: Parallel) -> None:
     except dist.DistError as error:
         raise IngotError(
             f"rank {ranks.rank} of {ranks.world} ({ranks.launcher}) did not meet the others at {where} in "
-            f"{section.timeout_minutes:g} minutes: {str(error).splitlines()[0]}. Were all {ranks.world} ranks started, "
+            f"{section.meeting_minutes:g} minutes: {str(error).splitlines()[0]}. Were all {ranks.world} ranks started, "
             f"and can every node reach {where}? Set MASTER_ADDR and MASTER_PORT to a host and a port that it can"
         ) from error
+    finally:
+        told.cancel()
 
 
 def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:

@@ -260,6 +260,8 @@ class Parallel(Section):
     """auto: nccl on GPUs, gloo on CPUs."""
     timeout_minutes: float = Field(default=10.0, gt=0)
     """How long a collective may wait for a rank before the job is ended."""
+    meeting_minutes: float = Field(default=60.0, gt=0)
+    """How long ranks wait at the start for those whose node is still encoding the data, or has not started."""
 
 
 class Evaluate(Section):

@@ -49,7 +49,7 @@ def test_a_launcher_that_sets_other_variables_gets_torchs_for_as_long_as_the_gro
 
 def test_ranks_that_do_not_come_are_an_error_that_names_the_place(free_port):
     alone = Ranks(0, 2, 0, 2, 1, "slurm", None, "localhost", free_port)
-    section = Parallel(strategy="ddp", backend="gloo", timeout_minutes=0.01)
+    section = Parallel(strategy="ddp", backend="gloo", meeting_minutes=0.01)
     with (
         pytest.raises(IngotError, match=rf"rank 0 of 2 \(slurm\) did not meet the others at localhost:{free_port}"),
         process_group(alone, section, CPU),
