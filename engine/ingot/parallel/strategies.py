@@ -1,8 +1,10 @@
 """A recipe's `parallel` section -> `Sharded`: one list of functions in one visible order."""
 
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,5 +107,9 @@ def replicate(
     if layout.tensor > 1:
         return tensor.TensorSharded(model, model, layout, dtype, make_optimizer(model, optim))
     devices = [device] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # torch 2.13 renamed it; the old name warns there, the new one is missing before.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
+    wrapped = DistributedDataParallel(model, device_ids=devices, **options)
     return Sharded(model, wrapped, layout, dtype, make_optimizer(model, optim))
