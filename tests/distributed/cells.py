@@ -125,7 +125,7 @@ def same_on_all_ranks(model: nn.Module) -> bool:
 def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
     """Train a cell and leave what it did in `out`."""
     recipe = recipe_of(cell["sections"])
-    device = torch.device("cpu")
+    device = torch.device(cell.get("device", "cpu"), ranks.local if "device" in cell else None)
     model = small_model(**cell.get("model", {"kind": "llama"}))
     if recipe.quantization.kind != "none":
         model = quantized(model, recipe.quantization)
@@ -189,9 +189,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(
-    n_ranks: int, cells: list[dict[str, Any]], out: Path, script: str = __file__
-) -> list[subprocess.Popen[str]]:
+def launch(n_ranks: int, cells: list[dict[str, Any]], out: Path, script: str = __file__) -> list[subprocess.Popen[str]]:
     """Start `n_ranks` processes that train `cells` one after another, and what else `script` does."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "cells.json").write_text(json.dumps(cells))
@@ -218,7 +216,10 @@ def finished(processes: list[subprocess.Popen[str]], seconds: float = 400) -> No
 def main() -> None:
     cells, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=120))
     rank, world = dist.get_rank(), dist.get_world_size()
     for cell in cells:
         try:
