@@ -28,6 +28,7 @@ CHECKS = (
     "dropped_gradients_are_gone",
     "unused_parameters_get_no_old_gradient",
     "matrix_products_are_of_the_compute_type",
+    "weights_read_in_parts_train_as_whole_ones",
 )
 
 

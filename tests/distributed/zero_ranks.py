@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ingot.assembly import build
 from ingot.data.loader import Batch, batches_of, collate
 from ingot.data.plan import Cursor, PlannedFeed
 from ingot.data.rows import ListRows
@@ -37,21 +38,33 @@ LR, LIMIT, BETA = 1e-3, 0.5, 0.9
 class Trainer:
     """A small model under a strategy, stepped by hand. Matrices of one row are among what it trains."""
 
-    def __init__(self, strategy: str, dtype: torch.dtype = torch.float32, **adapter: Any) -> None:
+    def __init__(
+        self,
+        strategy: str,
+        dtype: torch.dtype = torch.float32,
+        source: str = "",
+        cut: bool = True,
+        **adapter: Any,
+    ) -> None:
+        """`source`: folder to read the model from; with `cut` each rank its rows only."""
         sections = {
+            "model": {"source": source or "unused", "dtype": "float32"},
             "adapter": {"kind": "lora", "rank": 1, "alpha": 2.0, **adapter},
             "parallel": {"strategy": strategy},
             # Adam divides by a gradient's size: with a small eps rounding decides the sign of the smallest updates.
             "optim": {"eps": 1e-4, "weight_decay": 0.1},
         }
-        self.recipe = cells.recipe_of(sections)
-        model = attach_adapter(cells.small_model("llama"), self.recipe.adapter, "language-modeling", 0)
+        self.recipe, self.fill = cells.recipe_of(sections), None
+        if source:
+            model, _, self.fill = build(self.recipe, Path(source), (), ranks(), cut=cut)
+        else:
+            model = attach_adapter(cells.small_model("llama"), self.recipe.adapter, "language-modeling", 0)
         with torch.no_grad():
             for name, parameter in trainable_tensors(model):
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
         self.start = {name: parameter.detach().clone() for name, parameter in trainable_tensors(model)}
-        self.sharded = parallelize(model, ranks(), self.recipe, torch.device("cpu"), dtype)
+        self.sharded = parallelize(model, ranks(), self.recipe, torch.device("cpu"), dtype, self.fill)
         feed = PlannedFeed(ListRows(cells.random_rows(60, 1)), self.recipe.data, self.recipe.train)
         self.portions = list(feed.start(Cursor()))
 
@@ -186,6 +199,24 @@ def check_matrix_products_are_of_the_compute_type(strategy: str) -> None:
     assert seen
     assert set(seen.values()) == {torch.bfloat16}, seen
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def check_weights_read_in_parts_train_as_whole_ones(strategy: str) -> None:
+    """ZeRO-3 from a folder: no rank holds the whole model, and matrices are decayed, vectors are not."""
+    if strategy != "zero3":
+        return  # every rank holds every weight
+    folder = Path(sys.argv[2]) / "folder"
+    if dist.get_rank() == 0:
+        cells.small_model("llama").save_pretrained(folder)
+        (folder / "tokenizer.json").write_text("{}")  # never read here
+    dist.barrier()
+    states = []
+    for cut in (True, False):
+        trainer = Trainer(strategy, kind="none", source=str(folder), cut=cut)
+        assert (trainer.fill is not None) == cut
+        trainer.step(0), trainer.step(1)
+        states.append(trainer.state())
+    same(states[0], states[1])
 
 
 def checks() -> Iterator[tuple[str, Any]]:
