@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import product
 
-from ingot.errors import RecipeError
+from ingot.errors import MissingPackage, RecipeError
 from ingot.ranks import Ranks
 from ingot.recipe import Recipe
 
@@ -145,7 +146,13 @@ def broken(cell: Cell) -> Rule | None:
 
 
 def check(recipe: Recipe, ranks: Ranks) -> None:
-    """Raise RecipeError for a combination that cannot work, with the reason and the way out."""
+    """Raise RecipeError for a combination that cannot work, with reason and way out; MissingPackage for one that
+    needs a package that is not there.
+    """
+    needed = {"deepspeed": recipe.parallel.strategy in ZERO, "bitsandbytes": recipe.quantization.kind == "nf4"}
+    for package, purpose in (("deepspeed", "parallel.strategy"), ("bitsandbytes", "quantization.kind")):
+        if needed[package] and find_spec(package) is None:
+            raise MissingPackage(package, purpose)
     rule = broken(cell_of(recipe, ranks))
     if rule is None:
         return

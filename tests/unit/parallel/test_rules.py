@@ -2,7 +2,8 @@
 
 import pytest
 
-from ingot.errors import RecipeError
+from ingot.errors import MissingPackage, RecipeError
+from ingot.parallel import rules
 from ingot.parallel.rules import RULES, Cell, broken, cells, check
 from ingot.ranks import Ranks
 from ingot.recipe_io import parse_recipe
@@ -100,6 +101,20 @@ def test_allowed_cells_pass_and_are_many() -> None:
     assert all(broken(cell) is None for cell in found)
     assert {cell.strategy for cell in found} == {"none", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"}
     assert {cell.strategy for cell in cells(quantization="nf4", context=2)} >= {"ddp", "fsdp"}
+
+
+@pytest.mark.parametrize(
+    ("package", "sections"),
+    [
+        ("deepspeed", {"parallel": {"strategy": "zero2"}}),
+        ("bitsandbytes", {"quantization": {"kind": "nf4"}}),
+    ],
+)
+def test_a_package_that_is_not_there_is_named(package, sections, monkeypatch) -> None:
+    check(recipe(**sections), ranks(2))
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match=f"pip install {package}"):
+        check(recipe(**sections), ranks(2))
 
 
 def test_names_tell_cells_apart() -> None:
