@@ -206,7 +206,8 @@ class Train(Section):
     until the
     next one would exceed this."""
     tokens_per_microbatch: Positive = 4096
-    """Tokens (counting padding) of one forward pass on one rank. Changes memory and speed, never the gradient."""
+    """Tokens (counting padding) of one forward pass on one rank, or on all ranks that share its lines
+    (`parallel.context`). Changes memory and speed, never the gradient."""
     group_by_length: bool = False
     """Put rows of similar length into the same step: less padding, slightly less random steps."""
     gradient_checkpointing: bool = False

@@ -14,7 +14,8 @@ FEW = {"train": {"tokens_per_step": 10}}  # one row a step: all groups but one h
 def cell(
     name: str, strategy: str, context: int = 1, tensor: int = 1, kind: str = "llama", **more: Any
 ) -> dict[str, Any]:
-    sections = {"parallel": {"strategy": strategy, "context": context, "tensor": tensor}, **more.pop("sections", {})}
+    parallel = {"strategy": strategy, "context": context, "tensor": tensor, **more.pop("parallel", {})}
+    sections = {"parallel": parallel, **more.pop("sections", {})}
     model = {"kind": kind, **({"head_dim": 8} if kind == "qwen3" else {})}
     return {"name": name, "model": model, "sections": sections, **more}
 
@@ -24,6 +25,7 @@ CELLS = [
     cell("rows and lines, adapters", "ddp", context=2, sections=LORA),
     cell("rows and lines, few", "ddp", context=2, sections=FEW),
     cell("rows and lines, fsdp", "fsdp", context=2),
+    cell("rows and lines, hsdp", "hsdp", context=2, parallel={"shard_ranks": 2}),
     cell("rows and lines, fsdp, adapters", "fsdp", context=2, sections=LORA),
     cell("lines, more ranks than key heads", "ddp", context=4, sections={"data": {"batches": "packed"}, **LORA}),
     cell("lines of two or three tokens", "ddp", context=4, lengths={"shortest": 2, "longest": 3}, sections=FEW),
