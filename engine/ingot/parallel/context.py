@@ -34,6 +34,8 @@ def exchange(group: dist.ProcessGroup, attend: Attend, query: Tensor, key: Tenso
     gradients add up.
     """
     size = dist.get_world_size(group)
+    # Norms of heads leave float32 under autocast, and attention would round it anyway: that much less to send.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     copies = math.lcm(key.shape[1], size) // key.shape[1]
     if copies > 1:
         key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
@@ -41,17 +43,18 @@ def exchange(group: dist.ProcessGroup, attend: Attend, query: Tensor, key: Tenso
     return _to_tokens(output_BThD, group, size)
 
 
-def check(model: nn.Module, size: int) -> None:
-    """Raise RecipeError where `size` ranks cannot share this model's lines."""
+def check(model: nn.Module, size: int, tensor: int = 1) -> None:
+    """Raise RecipeError where `size` ranks cannot share this model's lines, or `size` groups of `tensor` ranks."""
     config: Any = model.config
     config = config.get_text_config()
     heads = config.num_attention_heads
-    if heads % size:
-        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    if heads % (size * tensor):
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % (n * tensor) == 0) or "1"
+        shared = f", parted by parallel.tensor={tensor} before" if tensor > 1 else ""
         raise RecipeError(
             "parallel.context",
             size,
-            f"each rank takes a part of the heads in attention, and this model has {heads}; use one of {allowed}",
+            f"each rank takes a part of attention's heads, and this model has {heads}{shared}; use one of {allowed}",
         )
     mixers = sorted(set(getattr(config, "layer_types", None) or []) - TOKENWISE)
     if mixers or getattr(model, "_is_stateful", False):

@@ -43,7 +43,7 @@ def check_model(recipe: Recipe, home: Path) -> None:
         described = recipe.model.model_copy(update={"initialization": "random"})
         model = load_model(described, home, recipe.objective.task, ("one", "other"))
     if section.context > 1:
-        context.check(model, section.context)
+        context.check(model, section.context, section.tensor)
     if section.tensor > 1:
         planned(model, section.tensor)
 
@@ -65,7 +65,7 @@ def parallelize(
     section = recipe.parallel
     layout = Layout(ranks, context=section.context, tensor=section.tensor)
     if layout.context > 1:
-        context.check(model, layout.context)
+        context.check(model, layout.context, layout.tensor)
     if layout.context * layout.tensor > 1:
         layout = layout.connected(device.type, timedelta(minutes=section.timeout_minutes))
     if layout.tensor > 1:

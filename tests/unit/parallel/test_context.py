@@ -41,6 +41,14 @@ def test_other_sizes_are_turned_away_with_those_that_work(size: int) -> None:
         check(LlamaForCausalLM(LlamaConfig(**SMALL)), size)
 
 
+def test_a_tensor_group_has_shared_the_heads_before() -> None:
+    check(LlamaForCausalLM(LlamaConfig(**SMALL)), 2, tensor=3)
+    with pytest.raises(
+        RecipeError, match=r"context = 3: .* has 6, parted by parallel.tensor=3 before; use one of 1, 2$"
+    ):
+        check(LlamaForCausalLM(LlamaConfig(**SMALL)), 3, tensor=3)
+
+
 @pytest.mark.parametrize("kind", ["linear_attention", "conv", "chunked_attention"])
 def test_what_carries_a_state_is_turned_away(kind: str) -> None:
     check(Mixer(layer_types=["full_attention", "sliding_attention"]), 2)
