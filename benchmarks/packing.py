@@ -312,7 +312,7 @@ def page(report: dict[str, Any]) -> Iterator[str]:
                     yield f"| {way} | {clocks['processor']['tokens_per_second']:,.0f} | {' | '.join(ratios)} |"
         if "rounds" in case:
             yield ""
-            yield f"{case['rounds']} rounds of {case['steps']} steps (training), {2 * case['rounds']} of one (the other)."
+            yield f"{case['rounds']} rounds of {case['steps']} steps (training), {2 * case['rounds']} of one (else)."
         if "losses" in case:
             worst = case["losses"]["largest_relative_difference"]
             shown = ", ".join(f"{loss:.6f}" for loss in case["losses"]["padding-free"]["losses"][:3])
