@@ -229,6 +229,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, optio
         causal=options.causal,
         window_size=_window(options),
         softcap=options.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # its backward pass does not ask torch by itself
     )
     return output_THD.unsqueeze(0)
 

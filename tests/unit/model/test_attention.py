@@ -228,8 +228,10 @@ def test_flash_is_called_as_it_wants(kind: tuple[str, ...], causal: bool, monkey
         causal: bool = False,
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
+        deterministic: bool = False,
     ) -> Tensor:
         assert softmax_scale is not None
+        assert deterministic
         assert (dropout_p, max_seqlen_q, max_seqlen_k) == (0.0, max(LENGTHS), max(LENGTHS))
         assert cu_seqlens_q.dtype == torch.int32
         return kernel_by_hand(
@@ -239,7 +241,11 @@ def test_flash_is_called_as_it_wants(kind: tuple[str, ...], causal: bool, monkey
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
     module.flash_kernel.cache_clear()
     inputs, options = [tensor.detach() for tensor in tensors()], asked(*kind, causal=causal)
-    got = BACKENDS["flash"](*inputs, Documents.of(LENGTHS, CPU), options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = BACKENDS["flash"](*inputs, Documents.of(LENGTHS, CPU), options)
+    finally:
+        torch.use_deterministic_algorithms(False)
     module.flash_kernel.cache_clear()
     torch.testing.assert_close(got, by_hand(*inputs, LENGTHS, options), rtol=1e-5, atol=1e-5)
 
