@@ -85,8 +85,8 @@ def support_page() -> str:
             "tensor on two gloo ranks, each compared step by step with one rank: losses within 1e-5 in float32.",
             "\n".join(lines),
             "\n".join(f"{number}. {reason[0].upper()}{reason[1:]}." for number, reason in enumerate(reasons, 1)),
-            "`none` with context or tensor: all ranks share one line, or each matrix. On NCCL the same code runs; what "
-            "was measured on GPUs stands in `benchmarks/results`.",
+            "`none` with context or tensor: all ranks share one line, or each matrix. Nothing of this has run on GPUs "
+            "and NCCL yet; the tests for them are run by `make test-gpu`.",
         ]
     )
 
