@@ -13,13 +13,18 @@ from ingot.parallel.rules import Cell, cells
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5  # of each loss, float32
 CELLS = list(cells())
-# The normal part: one of each (strategy, adapter, quantization, offload, sharing), the batches in turn. All: slow part.
+# The normal part: one of each (strategy, adapter, quantization, offload, sharing), the batches in turn, and of those that
+# share lines or matrices only what differs in nothing else. The rest: slow part.
 _kinds: dict[tuple[Any, ...], list[Cell]] = {}
 for _cell in CELLS:
     _kinds.setdefault(
         (_cell.strategy, _cell.adapter, _cell.quantization, _cell.offload, _cell.context, _cell.tensor), []
     ).append(_cell)
-FEW = [found[number % len(found)] for number, found in enumerate(_kinds.values())]
+FEW = [
+    cell
+    for cell in (found[number % len(found)] for number, found in enumerate(_kinds.values()))
+    if cell.context == cell.tensor == 1 or (cell.offload == "none" and cell.quantization != "int8")
+]
 REST = [cell for cell in CELLS if cell not in FEW]
 
 
