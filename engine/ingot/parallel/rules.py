@@ -60,6 +60,11 @@ RULES = (
         "there is only one rank; launch with torchrun --nproc-per-node N, or use auto",
     ),
     Rule(
+        "parallel.tensor",
+        lambda c: c.world % c.tensor != 0,
+        "tensor must divide the number of ranks",
+    ),
+    Rule(
         "parallel.context",
         lambda c: c.world % (c.context * c.tensor) != 0,
         "context x tensor must divide the number of ranks",

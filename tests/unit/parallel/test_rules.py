@@ -22,6 +22,7 @@ TURNED_AWAY = {
     "several models": (2, {"parallel": {"strategy": "none"}}, "parallel.strategy", "use auto or ddp"),
     "one rank": (1, {}, "parallel.strategy", "torchrun --nproc-per-node"),
     "context does not divide": (3, {"parallel": {"strategy": "ddp", "context": 2}}, "parallel.context", "divide"),
+    "tensor does not divide": (1, {"parallel": {"strategy": "none", "tensor": 2}}, "parallel.tensor", "must divide"),
     "shard_ranks without hsdp": (
         2,
         {"parallel": {"strategy": "fsdp", "shard_ranks": 2}},
