@@ -231,7 +231,7 @@ def ways(case: Case, rounds: int) -> dict[str, Any]:
             batches = [collate(part, case.pad_id, flat=flat) for part in parts]
             started = now()
             for batch in batches:
-                loss = OBJECTIVES[recipe.objective.task](sharded, batch, portion.n_targets, recipe.objective)
+                loss = OBJECTIVES[recipe.objective.loss](sharded, batch, portion.divisor, recipe.objective)
                 sharded.backward(loss)
             measured = rate(portion.n_tokens, started, now())
             sharded.drop()

@@ -8,6 +8,7 @@ from typing import Any
 from ingot.data import cache, stream
 from ingot.data.plan import Feed, PlannedFeed
 from ingot.data.splits import training_sources
+from ingot.errors import RecipeError
 from ingot.evaluation.measure import check_room, choose
 from ingot.evaluation.metrics import metric_names
 from ingot.evaluation.runner import Item, merge_items
@@ -19,6 +20,8 @@ from ingot.ranks import read_ranks
 from ingot.recipe import Recipe
 from ingot.train.loop import Rows
 
+# Tasks whose models the package and the endpoint can ask.
+SERVED = ("chat-completion", "text-generation", "language-modeling", "text-classification")
 QUIET = Progress(quiet=True)
 
 
@@ -51,7 +54,10 @@ def prepare(recipe: Recipe, home: Path, progress: Progress = QUIET) -> Prepared:
     facts, feed = found.facts, _feed(found, recipe, home, tokenizer, progress)
     if isinstance(feed, stream.StreamFeed) and not facts.example:
         facts = replace(facts, example=feed.example)
-    prepared = Prepared(tokenizer, Rows(feed, found.validation, pad_id(tokenizer)), facts)
+    rows = Rows(feed, found.validation, pad_id(tokenizer))
+    if recipe.objective.task == "fill-mask":
+        rows = replace(rows, mask_id=tokenizer.mask_token_id, vocabulary=len(tokenizer))
+    prepared = Prepared(tokenizer, rows, facts)
     for line in _findings(facts, recipe):
         progress.note(line)
     return prepared
@@ -106,13 +112,17 @@ def _mixture(facts: cache.Facts, recipe: Recipe) -> Iterator[str]:
 def preflight(recipe: Recipe, home: Path, prepared: Prepared, progress: Progress) -> None:
     """Everything about the later stages that can be known to fail before training is paid for."""
     model_folder(recipe.model, home, weights=recipe.model.initialization == "pretrained")
+    for stage in ("package", "serve"):
+        if getattr(recipe, stage).enabled and recipe.objective.task not in SERVED:
+            fix = f"models for {recipe.objective.task} are trained and measured, but not packaged; set it to false"
+            raise RecipeError(f"{stage}.enabled", True, fix)
     if recipe.evaluate.enabled:
         questions, context = choose(prepared.facts.questions, recipe), context_length(recipe.model, home)
         for asked in questions:
             check_room(asked.n_prompt, asked.where, recipe, context)
         items = [Item(asked.where, asked.prompt, None, [asked.reference]) for asked in questions]
         items = merge_items(items) if recipe.evaluate.merge_references else items
-        metric_names(recipe.evaluate, recipe.objective.task, [item.references for item in items])
+        metric_names(recipe.evaluate, recipe.objective.rows, [item.references for item in items])
         points = 100 * detectable_difference(len(items))
         seen = (
             f"sees differences of shares from about {points:.1f} points on"

@@ -4,26 +4,18 @@ This is the only place where a knob can exist. Unknown keys are errors, nothing 
 "auto" is resolved by the one reader of the field and saved in the run's `resolved.yaml`.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-
-Task = Literal["chat-completion", "text-generation", "language-modeling", "text-classification"]
-TASK_COLUMNS: dict[str, tuple[str, ...]] = {
-    "chat-completion": ("messages",),
-    "text-generation": ("prompt", "completion"),
-    "language-modeling": ("text",),
-    "text-classification": ("text", "label"),
-}
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and strict about unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+from ingot.recipe_data import CAUSAL as CAUSAL
+from ingot.recipe_data import COLUMNS, OPTIONAL_COLUMNS, Positive, Section, Share
+from ingot.recipe_data import ONE as ONE
+from ingot.recipe_data import SEVERAL as SEVERAL
+from ingot.recipe_data import Data as Data
+from ingot.recipe_data import Objective as Objective
+from ingot.recipe_data import Source as Source
+from ingot.recipe_data import Task as Task
 
 
 class Model(Section):
@@ -49,100 +41,6 @@ class Model(Section):
     pooling: Literal["auto", "mean", "head"] = "auto"
     """Classification: mean of the last hidden states, or the architecture's own `head`. auto: mean for encoders without
     a trained head, `head` otherwise."""
-
-
-class Source(Section):
-    """One set of rows."""
-
-    uri: str = Field(min_length=1)
-    """File, folder, glob, `ingot://NAME` (generated), or `hf://datasets/ID`. Relative paths start at the recipe's
-    folder.
-    """
-    format: Literal[
-        "auto", "jsonl", "json", "csv", "tsv", "parquet", "conll", "text", "text-pair", "hf", "generated"
-    ] = "auto"
-    """auto: from the file's extension (a trailing .gz is looked through)."""
-    pair: str | None = None
-    """text-pair: the second, line-aligned file; rows get the columns `source` and `target`."""
-    split: str | None = None
-    """Split of a Hugging Face data set or of a generated one."""
-    config: str | None = None
-    """Configuration name of a Hugging Face data set."""
-
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the rows of an epoch that comes from here, where `data.train` is a list; relative to the other weights.
-    """
-
-
-def _as_source(value: Any) -> Any:
-    return {"uri": value} if isinstance(value, str) else value
-
-
-def _as_sources(value: Any) -> Any:
-    return [_as_source(inner) for inner in value] if isinstance(value, list) else _as_source(value)
-
-
-Rows = Annotated[Source, BeforeValidator(_as_source)]
-ONE, SEVERAL = "one source", "several sources"  # which of the two is wrong, in pydantic's errors; no key is called so
-Mixture = Annotated[
-    Annotated[Source, Tag(ONE)] | Annotated[list[Source], Field(min_length=1), Tag(SEVERAL)],
-    Discriminator(lambda value: SEVERAL if isinstance(value, list) else ONE),
-    BeforeValidator(_as_sources),
-]
-
-
-class Data(Section):
-    """Which rows to learn from and to measure on, and how to read them."""
-
-    train: Mixture
-    """Rows to learn from: a path or URI, a mapping with `uri` and `format`, or a list of these with a `weight` each."""
-    validation: Rows | None = None
-    """Rows to watch while training. None: `validation_share` of the training rows, drawn with `split_seed`."""
-    test: Rows | None = None
-    """Rows to measure on. None: `test_share` of the training rows, drawn with `split_seed`."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """What the engine calls a column -> what the file calls it, e.g. `{prompt: mr, completion: ref}`."""
-    prompt_template: str = "{prompt}"
-    """text-generation: how the prompt is written; `{name}` is replaced by that column of the row."""
-    validation_share: Share = 0.05
-    """Share of the training rows drawn for validation when `validation` is missing (stratified by label)."""
-    test_share: Share = 0.1
-    """Share of the training rows drawn for test when `test` is missing (stratified by label)."""
-    split_seed: int = 0
-    """Seed of the drawn splits; independent of `train.seed`, so that reseeding training keeps the test rows."""
-    max_train_rows: Positive | None = None
-    """Learn from this many rows, drawn with `split_seed`. None: all."""
-    max_tokens: Positive = 1024
-    """Longest row in tokens; what is longer loses its end. A row that loses every trainable token is dropped and
-    counted.
-    """
-    batches: Literal["auto", "padded", "padding-free", "packed"] = "auto"
-    """How rows lie in a forward pass. padded: one below the other, filled up to the longest. padding-free: end to end
-    in one line, attention kept inside each row; the same steps and gradients as padded. packed: padding-free, and steps
-    are made of best-fit packs of `pack_tokens`, so that every step is full. auto: padding-free where the model can."""
-    pack_tokens: Positive | None = None
-    """packed: tokens of a pack. None: `max_tokens`."""
-    streaming: bool = False
-    """Read, encode and train window by window instead of encoding everything first: for sets that fit on no disk.
-    Needs `train.max_steps`, and `validation` and `test` given or switched off."""
-    stream_window_rows: Positive = 10_000
-    """streaming: rows that are held, shuffled and packed at a time."""
-    cache: str | None = None
-    """Folder for encoded rows, shared by runs. None: INGOT_CACHE, else `~/.cache/ingot`. Safe to delete."""
-    max_bad_rows: int = Field(default=0, ge=0)
-    """How many unreadable rows are tolerated (counted and reported) before the run stops."""
-
-
-class Objective(Section):
-    """What is learned from a row."""
-
-    task: Task = "chat-completion"
-    """chat-completion: the assistant's turns. text-generation: the completion. language-modeling: every token.
-    text-classification: the label."""
-    train_on: Literal["all-assistant", "last-assistant"] = "all-assistant"
-    """chat-completion: which assistant turns are learned."""
-    label_smoothing: Share = 0.0
-    """Share of the probability mass spread evenly over all classes (Szegedy et al. 2016, section 7)."""
 
 
 class Adapter(Section):
@@ -265,6 +163,20 @@ class Parallel(Section):
     """How long ranks wait at the start for those whose node is still encoding the data, or has not started."""
 
 
+class Check(Section):
+    """The trust gate: proofs on this recipe, model and data before anything is trained."""
+
+    enabled: bool = True
+    """Off: `ingot run` starts without it."""
+    waive: list[str] = Field(default_factory=list)
+    """Proofs that may fail without stopping the run, by name."""
+    max_rows: Positive = 2000
+    """Rows that are looked at token by token, drawn with `data.split_seed`; those near-duplicates are searched among
+    are ten times as many."""
+    max_probe_tokens: Positive = 2048
+    """Tokens that the model's proofs run on: the shortest rows of the first steps, so many."""
+
+
 class Evaluate(Section):
     """Measuring the base and the tuned model on the test rows."""
 
@@ -351,6 +263,7 @@ class Recipe(Section):
     optim: Optim = Optim()
     train: Train = Train()
     parallel: Parallel = Parallel()
+    check: Check = Check()
     evaluate: Evaluate = Evaluate()
     package: Package = Package()
     serve: Serve = Serve()
@@ -388,7 +301,7 @@ class Recipe(Section):
                 "remove it"
             )
         if data.columns:
-            known = {"messages", "prompt", "completion", "text", "label", "tools"}
+            known = {*OPTIONAL_COLUMNS, *(name for names in COLUMNS.values() for name in names)}
             unknown = sorted(set(data.columns) - known)
             if unknown:
                 raise ValueError(f"data.columns names {unknown[0]!r}; the engine knows: {', '.join(sorted(known))}")

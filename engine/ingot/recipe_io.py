@@ -21,7 +21,9 @@ from ingot.recipe import Recipe
 from ingot.recipe_errors import Draft, Keys, dotted, translate
 
 # What has no influence on the trained, measured and packaged model.
-NOT_HASHED = frozenset({"name", "description", "output", "parallel", "track", "serve", "diagnose", "data.cache"})
+NOT_HASHED = frozenset(
+    {"name", "description", "output", "parallel", "track", "serve", "diagnose", "check", "data.cache"}
+)
 _CORE = "tag:yaml.org,2002:"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.data.conversation import Example
+from ingot.data.example import Example
 from ingot.data.splits import Splits, load_splits
 from ingot.data.template import prompt_text, request_of
 from ingot.errors import DataError
@@ -19,6 +19,7 @@ from ingot.evaluation.measure import choose, measure
 from ingot.evaluation.runner import Evaluation
 from ingot.model.lines import settle
 from ingot.model.load import (
+    POOLED,
     Tokenizer,
     load_model,
     resolve_dtype,
@@ -31,6 +32,7 @@ from ingot.preparation import Prepared
 from ingot.progress import Progress
 from ingot.ranks import Ranks
 from ingot.recipe import Recipe
+from ingot.recipe_data import CLASSES
 from ingot.recipe_io import recipe_hash
 from ingot.runfolder import Run, open_run
 from ingot.serving.server import Endpoint
@@ -56,7 +58,7 @@ def resolve(
     for note in notes:
         notify(note)
     model: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "attention": attention}
-    if recipe.objective.task == "text-classification":
+    if recipe.objective.task in POOLED:
         model["pooling"] = resolve_pooling(recipe.model, home)
     parallel: dict[str, Any] = {}
     if recipe.parallel.strategy == "auto":
@@ -153,7 +155,7 @@ def base_model(recipe: Recipe, home: Path, labels: tuple[str, ...], device: torc
 def tuned_model(run: Run, labels: tuple[str, ...], device: torch.device) -> nn.Module:
     """The run's merged model, read from its folder as any user of it would."""
     runtime = Runtime.load(run.model, str(device))
-    if runtime.labels != labels and run.recipe.objective.task == "text-classification":
+    if runtime.labels != labels and run.recipe.objective.task in CLASSES:
         raise DataError(
             "data",
             list(labels)[:3],

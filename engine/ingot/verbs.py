@@ -33,6 +33,7 @@ from ingot.preparation import QUIET, preflight, prepare
 from ingot.progress import Progress
 from ingot.ranks import Ranks, idle_gpus, on_main, pick_device, process_group, read_ranks
 from ingot.recipe import Recipe
+from ingot.recipe_data import CLASSES
 from ingot.recipe_io import flat_params, load_recipe, recipe_hash
 from ingot.runfolder import Run, create_run, find_checkpoint, find_run, open_run, versions, write_json
 from ingot.serving.server import check_address
@@ -204,7 +205,7 @@ def consolidate(target: Path, out: Path) -> Path:
     checkpoint, run = find_checkpoint(target)
     if run is None:
         return write_consolidated(checkpoint, out, None, target)
-    classes = run.recipe.objective.task == "text-classification"
+    classes = run.recipe.objective.task in CLASSES
     labels = load_splits(run.recipe, run.home, ("test",)).labels if classes else ()
     return write_consolidated(checkpoint, out, run.recipe, run.home, labels)
 

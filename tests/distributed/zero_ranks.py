@@ -78,7 +78,7 @@ class Trainer:
         self.sharded.wrapped.train()
         for index, batch in enumerate(batches[:stop]):
             with self.sharded.microbatch(last=index == len(batches) - 1):
-                loss = next_token(self.sharded, batch, portion.n_targets, self.recipe.objective)
+                loss = next_token(self.sharded, batch, portion.divisor, self.recipe.objective)
                 self.sharded.backward(loss * scale)
             total += loss.detach()
         dist.all_reduce(total)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ingot.data.loader import IGNORE, batches_of, collate
-from ingot.data.plan import Cursor, PlannedFeed
+from ingot.data.plan import Cursor, Divisor, PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
@@ -37,7 +37,7 @@ def learned(step, world, budget):
     for rank in range(world):
         for part in batches_of(portion, rank, world, budget, flat=True, even=False):
             batch = collate(part, 0, flat=True)
-            value = OBJECTIVES["language-modeling"](sharded, batch, portion.n_targets, recipe.objective)
+            value = OBJECTIVES["language-modeling"](sharded, batch, portion.divisor, recipe.objective)
             sharded.backward(value)
             loss += value.item()
     return loss, torch.cat([p.grad.flatten() for p in sharded.plain.parameters()])
@@ -70,5 +70,7 @@ def test_means_of_means_would_be_seen(step):
     means = []
     for part in parts:
         batch = collate(part, 0, flat=True)
-        means.append(OBJECTIVES["language-modeling"](sharded, batch, batch.n_targets, recipe.objective).item())
+        means.append(
+            OBJECTIVES["language-modeling"](sharded, batch, Divisor(batch.n_targets, 1), recipe.objective).item()
+        )
     assert abs(sum(means) / len(means) - textbook(step)[0]) > 1e-3

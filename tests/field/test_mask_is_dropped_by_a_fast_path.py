@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ingot.data.loader import collate
+from ingot.data.plan import Divisor
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.train.objectives import OBJECTIVES
@@ -29,7 +30,7 @@ def test_loss_and_gradient_come_from_the_answer_alone(cells, path, recompute):
     n_targets = sum(sum(row.trainable[1:]) for row in rows)
     batch = collate(rows, 0, **PATHS[path])
     assert batch.n_targets == n_targets
-    loss = OBJECTIVES["language-modeling"](sharded, batch, n_targets, recipe.objective)
+    loss = OBJECTIVES["language-modeling"](sharded, batch, Divisor(n_targets, 1), recipe.objective)
 
     logits = [model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1) for row in rows]
     by_hand = -sum(
@@ -38,6 +39,6 @@ def test_loss_and_gradient_come_from_the_answer_alone(cells, path, recompute):
     torch.testing.assert_close(loss, by_hand / n_targets, rtol=0, atol=1e-5)
     everything = [replace(row, trainable=[True] * len(row.ids)) for row in rows]
     learned_all = OBJECTIVES["language-modeling"](
-        sharded, collate(everything, 0, **PATHS[path]), n_targets, recipe.objective
+        sharded, collate(everything, 0, **PATHS[path]), Divisor(n_targets, 1), recipe.objective
     )
     assert abs(learned_all.item() - loss.item()) > 0.1, "learning the prompt too would be seen"

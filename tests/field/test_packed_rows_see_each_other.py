@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ingot.data.loader import IGNORE, collate
+from ingot.data.plan import Divisor
 from ingot.model import attention
 from ingot.model.adapters import attach_adapter
 from ingot.model.attention import implementation
@@ -36,7 +37,7 @@ def crossing(cells, model, rows, device=CPU, dtype=torch.float32):
         own = slice(start, start + len(row.ids))
         batch.labels_BT[:, : own.start] = IGNORE
         batch.labels_BT[:, own.stop :] = IGNORE
-        [gradient] = torch.autograd.grad(next_token(sharded, batch, 1, recipe.objective), embedded[-1])
+        [gradient] = torch.autograd.grad(next_token(sharded, batch, Divisor(1, 1), recipe.objective), embedded[-1])
         assert gradient[0, own].abs().sum() > 0, number
         gradient[0, own] = 0
         worst = max(worst, float(gradient.abs().max()))
@@ -102,7 +103,7 @@ def test_an_attention_that_was_never_told_ends_in_nan_not_in_a_leak(cells):
         model.set_attn_implementation(theirs)
         sharded = parallelize(model, Ranks(), recipe, CPU, torch.float32)
         batch = collate(cells.random_rows(4, 1), 0, flat=True)
-        assert next_token(sharded, batch, 1, recipe.objective).isnan()
+        assert next_token(sharded, batch, Divisor(1, 1), recipe.objective).isnan()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -116,7 +117,7 @@ def test_every_layer_is_told(cells, recompute, monkeypatch):
     if recompute:
         recompute_blocks(model)
     sharded = parallelize(model, Ranks(), recipe, CPU, torch.float32)
-    next_token(sharded, collate(cells.random_rows(4, 1), 0, flat=True), 1, recipe.objective).backward()
+    next_token(sharded, collate(cells.random_rows(4, 1), 0, flat=True), Divisor(1, 1), recipe.objective).backward()
     assert len(seen) == 3 * (2 if recompute else 1)
 
 

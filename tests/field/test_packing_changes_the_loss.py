@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ingot.data.loader import batches_of, collate
-from ingot.data.plan import Cursor, PlannedFeed
+from ingot.data.plan import Cursor, Divisor, PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
@@ -30,7 +30,7 @@ def mean_loss(cells, layout, model, **train):
         for part in batches_of(portion, 0, 1, recipe.train.tokens_per_microbatch, flat=flat, even=False):
             rows += len(part)
             batch = collate(part, 0, flat=flat)
-            loss = OBJECTIVES["language-modeling"](sharded, batch, n_targets, recipe.objective)
+            loss = OBJECTIVES["language-modeling"](sharded, batch, Divisor(n_targets, 1), recipe.objective)
             loss.backward()
             total += float(loss.detach())
     assert rows == 60

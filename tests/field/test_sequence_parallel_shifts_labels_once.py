@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ingot.data.loader import IGNORE, collate
+from ingot.data.plan import Divisor
 from ingot.data.template import Encoded
 from ingot.parallel.layout import Layout
 from ingot.ranks import Ranks
@@ -57,7 +58,7 @@ LINES = [
 def test_parts_of_a_line_lose_what_the_line_loses(rows: list[Encoded], world: int) -> None:
     model = Bigram()
     batch = collate(rows, 0, flat=True, multiple=world)
-    whole = next_token(sharded(model, 0, 1), batch, batch.n_targets, Objective())
+    whole = next_token(sharded(model, 0, 1), batch, Divisor(batch.n_targets, 1), Objective())
     # By hand: the logits of each token against the word behind it, over what is trained.
     terms = [
         torch.log_softmax(model.table[row.ids[place]], 0)[row.ids[place + 1]]
@@ -66,7 +67,10 @@ def test_parts_of_a_line_lose_what_the_line_loses(rows: list[Encoded], world: in
         if row.trainable[place + 1]
     ]
     assert whole.item() == pytest.approx(-sum(terms).item() / len(terms), abs=1e-6)
-    parts = [next_token(sharded(model, rank, world), batch, batch.n_targets, Objective()) for rank in range(world)]
+    parts = [
+        next_token(sharded(model, rank, world), batch, Divisor(batch.n_targets, 1), Objective())
+        for rank in range(world)
+    ]
     assert sum(part.item() for part in parts) == pytest.approx(whole.item(), abs=1e-6)
     (gradient,) = torch.autograd.grad(whole, model.table)
     summed = sum(torch.autograd.grad(part, model.table)[0] for part in parts)

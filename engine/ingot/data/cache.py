@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ingot.data.conversation import Example
+from ingot.data.example import Example
 from ingot.data.rows import EncodedRows
 from ingot.data.sources import file_sha256, fingerprint
 from ingot.data.splits import PARTS, DataReport, Scan, examples, readings_of, report_from, scan

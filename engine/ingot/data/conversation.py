@@ -1,18 +1,15 @@
-"""What a row means: a conversation, a prompt with its completion, a document, or a labelled text.
-
-`to_example` is total: it returns an example or a `BadRow` with the reason, and raises only for mistakes of the
-recipe (a prompt template that cannot be read).
-"""
+"""Rows of text to write: a conversation, a prompt with its completion, a document, a text and its translation."""
 
 import json
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ingot.data.sources import BadRow, Row, has_broken_characters
+from ingot.data.fields import Unusable, checked, parsed, text_of, value_of
+from ingot.data.sources import Row
 from ingot.errors import DataError
-from ingot.recipe import Data, Objective, Task
+from ingot.recipe import Data
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -80,41 +77,12 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Labeled:
-    """A text and the name of its class."""
+class SourceTarget:
+    """A text, and its summary or translation."""
 
-    text: str
-    label: str
+    source: str
+    target: str
     where: str = field(default="", compare=False)
-
-
-Example = Conversation | PromptCompletion | Document | Labeled
-
-
-class _Unusable(Exception):
-    """Internal: the reason why a row is bad."""
-
-
-def to_example(row: Row, data: Data, objective: Objective) -> Example | BadRow:
-    """Read `row` as the task of `objective` wants it, through the column names of `data.columns`."""
-    try:
-        return _BUILDERS[objective.task](row, data)
-    except _Unusable as error:
-        return BadRow(row.where, str(error))
-
-
-def required_columns(data: Data, task: Task) -> dict[str, str]:
-    """Field of the recipe -> column of the file that it needs, for every column the task cannot do without."""
-    if task == "text-generation":
-        names = {f"data.columns.{name}" if name in ("prompt", "completion") else "data.prompt_template": name
-                 for name in (*prompt_columns(data), "completion")}  # fmt: skip
-    elif task == "chat-completion":
-        names = {"data.columns.messages": "messages"}
-    elif task == "language-modeling":
-        names = {"data.columns.text": "text"}
-    else:
-        names = {"data.columns.text": "text", "data.columns.label": "label"}
-    return {where: data.columns.get(name, name) for where, name in names.items()}
 
 
 def prompt_columns(data: Data) -> list[str]:
@@ -135,83 +103,45 @@ def _template_parts(template: str) -> Iterator[tuple[str, str | None]]:
         yield literal, name
 
 
-# --- values ----------------------------------------------------------------------------------------------------
-
-
-def _value(row: Row, data: Data, name: str) -> Any:
-    column = data.columns.get(name, name)
-    if column not in row.values:
-        raise _Unusable(f"no column {column!r}; there are: {', '.join(map(str, row.values)) or 'none'}")
-    return row.values[column]
-
-
-def _checked(text: str, name: str) -> str:
-    if has_broken_characters(text):
-        raise _Unusable(f"{name} holds characters that are not Unicode (half a surrogate pair)")
-    return text
-
-
-def _text(value: Any, name: str) -> str:
-    """A non-empty text. Numbers are written out and lists of words (CoNLL) are joined with spaces."""
-    if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
-        value = " ".join(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise _Unusable(f"{name} must be text, this is {'empty' if value is None else type(value).__name__}")
-    if not value.strip():
-        raise _Unusable(f"{name} is empty")
-    return _checked(value, name)
-
-
-def _parsed(value: Any, name: str) -> Any:
-    """`value`, or what it says when it is JSON in a text cell (CSV, Parquet)."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise _Unusable(f"{name} is not JSON: {error.msg}") from error
-
-
 # --- builders --------------------------------------------------------------------------------------------------
 
 
-def _conversation(row: Row, data: Data) -> Conversation:
-    turns = _parsed(_value(row, data, "messages"), "messages")
+def conversation(row: Row, data: Data) -> Conversation:
+    """The row's `messages` and `tools`."""
+    turns = parsed(value_of(row, data, "messages"), "messages")
     if not isinstance(turns, list) or not turns:
-        raise _Unusable("messages must be a list of turns")
+        raise Unusable("messages must be a list of turns")
     messages = tuple(_message(turn, index) for index, turn in enumerate(turns))
     if all(message.role != "assistant" for message in messages):
-        raise _Unusable("no assistant turn: nothing to learn")
+        raise Unusable("no assistant turn: nothing to learn")
     if messages[0].role == "assistant":
-        raise _Unusable("messages[0] is the assistant's: there is nothing to answer")
-    tools = _parsed(row.values.get(data.columns.get("tools", "tools")) or [], "tools")
+        raise Unusable("messages[0] is the assistant's: there is nothing to answer")
+    tools = parsed(row.values.get(data.columns.get("tools", "tools")) or [], "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _Unusable("tools must be a list of JSON schemas")
+        raise Unusable("tools must be a list of JSON schemas")
     return Conversation(messages, tuple(tools), row.where)
 
 
 def _message(turn: Any, index: int) -> Message:
     name = f"messages[{index}]"
     if not isinstance(turn, Mapping):
-        raise _Unusable(f"{name} must be an object with role and content, this is {type(turn).__name__}")
+        raise Unusable(f"{name} must be an object with role and content, this is {type(turn).__name__}")
     role, content = (turn["from"], turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
     role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise _Unusable(f"{name} has the role {role!r}; known: {', '.join((*ROLES, *SHAREGPT_ROLES))}")
+        raise Unusable(f"{name} has the role {role!r}; known: {', '.join((*ROLES, *SHAREGPT_ROLES))}")
     calls = _tool_calls(turn.get("tool_calls"), name)
     if calls and role != "assistant":
-        raise _Unusable(f"{name} is a {role} turn with tool_calls; only the assistant calls")
+        raise Unusable(f"{name} is a {role} turn with tool_calls; only the assistant calls")
     if content is None and (calls or role in MAY_BE_EMPTY):
         content = ""
     if not isinstance(content, str):
-        raise _Unusable(
+        raise Unusable(
             f"{name}.content must be text, this is {'missing' if content is None else type(content).__name__}"
         )
     if not content.strip() and not calls and role not in MAY_BE_EMPTY:
-        raise _Unusable(f"{name}.content is empty")
-    return Message(role, _checked(content, name), calls, turn.get("name"), turn.get("tool_call_id"))
+        raise Unusable(f"{name}.content is empty")
+    return Message(role, checked(content, name), calls, turn.get("name"), turn.get("tool_call_id"))
 
 
 def _tool_calls(value: Any, name: str) -> tuple[dict[str, Any], ...]:
@@ -219,15 +149,15 @@ def _tool_calls(value: Any, name: str) -> tuple[dict[str, Any], ...]:
     if not value:
         return ()
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
-        raise _Unusable(f"{name}.tool_calls must be a list of objects")
+        raise Unusable(f"{name}.tool_calls must be a list of objects")
     calls = []
     for call in value:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _Unusable(f"{name}.tool_calls needs function.name and function.arguments")
-        arguments = _parsed(function.get("arguments") or {}, f"{name}.tool_calls.arguments")
+            raise Unusable(f"{name}.tool_calls needs function.name and function.arguments")
+        arguments = parsed(function.get("arguments") or {}, f"{name}.tool_calls.arguments")
         if not isinstance(arguments, dict):
-            raise _Unusable(f"{name}.tool_calls.arguments must be an object")
+            raise Unusable(f"{name}.tool_calls.arguments must be an object")
         function = {**function, "arguments": arguments}
         calls.append(
             {**call, "function": function} if "function" in call else {"type": "function", "function": function}
@@ -235,35 +165,29 @@ def _tool_calls(value: Any, name: str) -> tuple[dict[str, Any], ...]:
     return tuple(calls)
 
 
-def _prompt_completion(row: Row, data: Data) -> PromptCompletion:
+def prompt_of(row: Row, data: Data) -> str:
+    """The prompt, as `data.prompt_template` writes it."""
     prompt = "".join(
-        literal + ("" if name is None else _text(_value(row, data, name), name))
+        literal + ("" if name is None else text_of(value_of(row, data, name), name))
         for literal, name in _template_parts(data.prompt_template)
     )
     if not prompt.strip():
-        raise _Unusable("prompt is empty")
-    return PromptCompletion(prompt, _text(_value(row, data, "completion"), "completion"), row.where)
+        raise Unusable("prompt is empty")
+    return prompt
 
 
-def _document(row: Row, data: Data) -> Document:
-    return Document(_text(_value(row, data, "text"), "text"), row.where)
+def prompt_completion(row: Row, data: Data) -> PromptCompletion:
+    """The prompt, and the column `completion`."""
+    completion = text_of(value_of(row, data, "completion"), "completion")
+    return PromptCompletion(prompt_of(row, data), completion, row.where)
 
 
-def _labeled(row: Row, data: Data) -> Labeled:
-    label = _value(row, data, "label")
-    if isinstance(label, float) or not isinstance(label, str | int):
-        raise _Unusable(
-            f"label must be text or an integer, this is {'empty' if label is None else type(label).__name__}"
-        )
-    label = str(label)
-    if not label.strip():
-        raise _Unusable("label is empty")
-    return Labeled(_text(_value(row, data, "text"), "text"), _checked(label, "label"), row.where)
+def document(row: Row, data: Data) -> Document:
+    """The column `text`."""
+    return Document(text_of(value_of(row, data, "text"), "text"), row.where)
 
 
-_BUILDERS: dict[Task, Callable[[Row, Data], Example]] = {
-    "chat-completion": _conversation,
-    "text-generation": _prompt_completion,
-    "language-modeling": _document,
-    "text-classification": _labeled,
-}
+def source_target(row: Row, data: Data, names: tuple[str, str]) -> SourceTarget:
+    """The two columns `names`."""
+    source, target = (text_of(value_of(row, data, name), name) for name in names)
+    return SourceTarget(source, target, row.where)

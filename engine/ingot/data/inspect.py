@@ -10,9 +10,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ingot.data.template import Encoded
+from ingot.data.encoded import IGNORE, Encoded
 from ingot.data.turns import Tokenizer, special_ids
 
+LISTED_LABELS = 20
 # (learned, special) -> style. Learned special tokens stand out most: the stop token is what people come to look for.
 STYLES = {
     (True, False): "bold green",
@@ -46,7 +47,7 @@ def as_dict(encoded_rows: Sequence[Encoded], tokenizer: Tokenizer) -> dict[str, 
             "where": row.where,
             "tokens": len(row.ids),
             "trainable": sum(row.trainable),
-            "label": row.label,
+            "labels": None if row.labels is None else list(row.labels),
             "segments": [vars(segment) for segment in segments(row, tokenizer)],
         }
         for row in encoded_rows
@@ -81,11 +82,11 @@ def _panel(row: Encoded, tokenizer: Tokenizer) -> Panel:
     body.rstrip()  # a last line break has no line to begin
     learned = sum(row.trainable)
     title = Text(row.where or "row", style="bold")
-    if row.label is None:
+    if row.labels is None:
         subtitle = f"{len(row.ids)} tokens, {learned} learned ({_percent(learned, len(row.ids))})"
     else:
-        subtitle = f"{len(row.ids)} tokens, class {row.label}"
-    style = "red" if row.label is None and not learned else "blue"
+        subtitle = f"{len(row.ids)} tokens, {_labels(row.labels)}"
+    style = "red" if row.labels is None and not learned else "blue"
     return Panel(body, title=title, title_align="left", subtitle=subtitle, subtitle_align="right", border_style=style)
 
 
@@ -110,11 +111,18 @@ def _counts(rows: Sequence[Encoded]) -> Table:
     table.add_row("rows", f"{len(rows):,}")
     table.add_row("tokens", f"{tokens:,}")
     table.add_row("longest row", f"{max((len(row.ids) for row in rows), default=0):,}")
-    if any(row.label is not None for row in rows):
-        table.add_row("classes seen", f"{len({row.label for row in rows}):,}")
+    if any(row.labels is not None for row in rows):
+        seen = {label for row in rows for label in row.labels or () if label != IGNORE}
+        table.add_row("labels seen", f"{len(seen):,}")
     else:
         table.add_row("learned", f"{trainable:,} ({_percent(trainable, tokens)})")
     return table
+
+
+def _labels(labels: Sequence[int]) -> str:
+    shown = [str(label) for label in labels if label != IGNORE]
+    more = " ..." if len(shown) > LISTED_LABELS else ""
+    return f"class {shown[0]}" if len(labels) == 1 else f"labels {' '.join(shown[:LISTED_LABELS])}{more}"
 
 
 def _totals(rows: Sequence[Encoded]) -> tuple[int, int]:

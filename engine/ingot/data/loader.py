@@ -5,15 +5,15 @@ B rows of a microbatch, T tokens of its longest row (padded) or of all its rows 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ingot.data.encoded import IGNORE as IGNORE
+from ingot.data.encoded import Encoded
 from ingot.data.packing import best_fit
 from ingot.data.plan import Packs, Portion
-from ingot.data.template import Encoded
-
-IGNORE = -100  # what torch's cross entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,43 @@ class Batch:
     """One forward pass on one rank.
 
     `ids_BT` and `labels_BT` are int64. Labels are NOT shifted: `labels[t] == ids[t]` where token t is a target, IGNORE
-    elsewhere, and always at the first token of a row, which nothing stands before. `class_labels_B` is int64 (end to
-    end: one a row), None unless classes are learned. `n_targets`: terms of the loss.
+    elsewhere, and always at the first token of a sequence, which nothing stands before (token-classification and
+    fill-mask: the class, or the hidden token, at t itself). `n_targets`: terms of the loss.
 
     Padded: `attention_BT` int64, 1 where a token is; `positions_BT` and `row_lengths` None. End to end: `attention_BT`
-    None; `positions_BT` int64 starts again with every row; `row_lengths` in tokens.
+    None; `positions_BT` int64 starts again with every sequence; `row_lengths` in tokens.
+
+    `row_labels` int64: a class for every row [B] (end to end: as many as rows), 0 or 1 for every class [B, C], or first
+    and last token of the answer [B, 2]; IGNORE where there is none. `targets_BU` int64: what a decoder writes, IGNORE
+    behind its end. `reference_P2` float32: log-probabilities of both answers of every pair under the starting model.
     """
 
     ids_BT: Tensor  # noqa: N815
     labels_BT: Tensor  # noqa: N815
-    class_labels_B: Tensor | None  # noqa: N815
     n_targets: int
     attention_BT: Tensor | None = None  # noqa: N815
     positions_BT: Tensor | None = None  # noqa: N815
     row_lengths: tuple[int, ...] | None = None
+    row_labels: Tensor | None = None
+    targets_BU: Tensor | None = None  # noqa: N815
+    reference_P2: Tensor | None = None  # noqa: N815
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What fill-mask needs to hide tokens: the mask token, how many tokens there are, and a seed of this step."""
+
+    mask_id: int
+    vocabulary: int
+    seed: str
+
+
+class Collate(Protocol):
+    """Rows to a batch: padded on the right with `pad_id` to the longest, or end to end (`flat`), see `collate`."""
+
+    def __call__(
+        self, rows: Sequence[Encoded], pad_id: int, *, flat: bool = False, multiple: int = 1, drawn: Drawn | None = None
+    ) -> Batch: ...
 
 
 def batches_of(
@@ -89,43 +112,50 @@ def microbatches(
     return batches
 
 
-def collate(rows: Sequence[Encoded], pad_id: int, *, flat: bool = False, multiple: int = 1) -> Batch:
-    """Rows to a batch: padded on the right with `pad_id` to the longest, or end to end (`flat`).
+def collate(
+    rows: Sequence[Encoded], pad_id: int, *, flat: bool = False, multiple: int = 1, drawn: Drawn | None = None
+) -> Batch:
+    """Rows of one sequence each to a batch: padded on the right with `pad_id` to the longest, or end to end (`flat`).
 
     Padding is told by position: `pad_id` may be eos. `multiple`: a line's tokens are filled up to a multiple of this by
     one more row of `pad_id`, for ranks that share a line.
     """
-    classes = [row.label for row in rows if row.label is not None]
-    class_labels = torch.tensor(classes, dtype=torch.long) if classes else None
-    if flat:
-        return _line(rows, class_labels, pad_id, multiple)
-    shape = (len(rows), max(len(row.ids) for row in rows))
+    labels = [list(row.labels) for row in rows if row.labels is not None]
+    row_labels = torch.tensor(labels, dtype=torch.long) if labels else None
+    if row_labels is not None and row_labels.shape[1] == 1:
+        row_labels = row_labels.squeeze(1)
+    parts = [_ids_and_labels(row) for row in rows]
+    batch = line(parts, pad_id, multiple) if flat else padded(parts, pad_id)
+    if row_labels is None:
+        return batch
+    return replace(batch, row_labels=row_labels, n_targets=int((row_labels != IGNORE).sum()))
+
+
+def padded(parts: Sequence[tuple[Tensor, Tensor]], pad_id: int) -> Batch:
+    """Sequences of (ids [T], labels [T]), one below the other."""
+    shape = (len(parts), max(len(ids_T) for ids_T, _ in parts))
     ids_BT = torch.full(shape, pad_id, dtype=torch.long)
     attention_BT = torch.zeros(shape, dtype=torch.long)
     labels_BT = torch.full(shape, IGNORE, dtype=torch.long)
-    for number, row in enumerate(rows):
-        n_tokens = len(row.ids)
-        ids_BT[number, :n_tokens], labels_BT[number, :n_tokens] = _ids_and_labels(row)
-        attention_BT[number, :n_tokens] = 1
-    return Batch(ids_BT, labels_BT, class_labels, _terms(labels_BT, class_labels), attention_BT=attention_BT)
+    for number, (ids_T, labels_T) in enumerate(parts):
+        ids_BT[number, : len(ids_T)], labels_BT[number, : len(ids_T)] = ids_T, labels_T
+        attention_BT[number, : len(ids_T)] = 1
+    return Batch(ids_BT, labels_BT, int((labels_BT != IGNORE).sum()), attention_BT=attention_BT)
 
 
-def _line(rows: Sequence[Encoded], class_labels: Tensor | None, pad_id: int, multiple: int) -> Batch:
-    lengths = [len(row.ids) for row in rows]
+def line(parts: Sequence[tuple[Tensor, Tensor]], pad_id: int, multiple: int) -> Batch:
+    """Sequences of (ids [T], labels [T]), end to end."""
+    lengths = [len(ids_T) for ids_T, _ in parts]
     missing = -sum(lengths) % multiple
-    parts = [_ids_and_labels(row) for row in rows]
     if missing:
-        parts.append((torch.full((missing,), pad_id), torch.full((missing,), IGNORE)))
+        parts = [*parts, (torch.full((missing,), pad_id), torch.full((missing,), IGNORE))]
         lengths.append(missing)
-    ids_BT = torch.cat([ids for ids, _ in parts]).unsqueeze(0)
     labels_BT = torch.cat([labels for _, labels in parts]).unsqueeze(0)
-    positions_BT = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     return Batch(
-        ids_BT,
+        torch.cat([ids for ids, _ in parts]).unsqueeze(0),
         labels_BT,
-        class_labels,
-        _terms(labels_BT, class_labels),
-        positions_BT=positions_BT,
+        int((labels_BT != IGNORE).sum()),
+        positions_BT=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
         row_lengths=tuple(lengths),
     )
 
@@ -137,10 +167,10 @@ def _ids_and_labels(row: Encoded) -> tuple[Tensor, Tensor]:
     return ids_T, labels_T
 
 
-def _terms(labels_BT: Tensor, class_labels: Tensor | None) -> int:
-    found = labels_BT if class_labels is None else class_labels
-    return int((found != IGNORE).sum())
-
-
 def _muted(row: Encoded) -> Encoded:
-    return replace(row, trainable=[False] * len(row.ids), label=None if row.label is None else IGNORE)
+    return replace(
+        row,
+        trainable=[False] * len(row.ids),
+        labels=None if row.labels is None else [IGNORE] * len(row.labels),
+        terms=None if row.terms is None else 0,
+    )

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,15 @@ class Cursor:
     position: int = 0
 
 
+class Divisor(NamedTuple):
+    """What a step's summed loss is divided by, on every rank: the number of its terms (`Encoded.n_targets`), or of its
+    rows where the objective compares whole rows.
+    """
+
+    targets: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class Portion:
     """What one optimizer step learns from, on all ranks: packs of indices into `rows` (a row alone is a pack of one).
@@ -59,8 +68,13 @@ class Portion:
 
     @property
     def n_targets(self) -> int:
-        """The divisor of the step's loss."""
+        """Terms of the step's loss."""
         return int(self.rows.targets[self.indices].sum())
+
+    @property
+    def divisor(self) -> Divisor:
+        """What the step's loss is divided by."""
+        return Divisor(self.n_targets, len(self.indices))
 
 
 class Feed(Protocol):

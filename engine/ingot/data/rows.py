@@ -6,11 +6,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ingot.data.template import Encoded
+from ingot.data.encoded import Encoded
 
 
 class EncodedRows(Protocol):
-    """What plans and batches are made of. `lengths` [rows] int64 in tokens; `targets` [rows] int64, see `n_targets`."""
+    """What plans and batches are made of. `lengths` [rows] int64 in tokens; `targets` [rows] int64: loss terms."""
 
     @property
     def lengths(self) -> NDArray[np.int64]: ...
@@ -29,7 +29,7 @@ class ListRows:
     def __init__(self, rows: Sequence[Encoded]) -> None:
         self._rows = rows
         self.lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
-        self.targets = np.array([n_targets(row) for row in rows], dtype=np.int64)
+        self.targets = np.array([row.n_targets for row in rows], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -39,8 +39,3 @@ class ListRows:
 
     def __iter__(self) -> Iterator[Encoded]:
         return iter(self._rows)
-
-
-def n_targets(row: Encoded) -> int:
-    """Trainable targets of a row: its class, or its trainable tokens that have something before them."""
-    return 1 if row.label is not None else sum(row.trainable[1:])

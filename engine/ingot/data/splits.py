@@ -8,7 +8,7 @@ Rows are read twice: once to decide where each goes, which takes a few bytes a r
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -17,16 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ingot.data.conversation import (
-    Conversation,
-    Document,
-    Example,
-    Labeled,
-    PromptCompletion,
-    required_columns,
-    to_example,
-)
 from ingot.data.draw import Ints, draw, sample
+from ingot.data.example import Example, classes_of, input_of, required_columns, to_example
 from ingot.data.sources import BadRow, Row, read_rows
 from ingot.data.table import Digests, Texts
 from ingot.errors import DataError
@@ -100,7 +92,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows of a run. `labels`: sorted class names of train, empty unless the task is classification."""
+    """The rows of a run. `labels`: sorted class names of train, empty unless the task has classes."""
 
     train: list[Example]
     validation: list[Example]
@@ -130,7 +122,7 @@ def scan(recipe: Recipe, folder: Path, scratch: Path | None = None) -> Scan:
     """
     data = recipe.data
     inputs = Texts(scratch) if _draws(data) else Digests()
-    codes, names = array("q"), dict[str, int]()
+    codes, names = array("q"), dict[tuple[str, ...], int]()
     readings: list[Reading] = []
     bad: dict[str, list[BadRow]] = {}
     for reading in readings_of(data):
@@ -139,8 +131,8 @@ def scan(recipe: Recipe, folder: Path, scratch: Path | None = None) -> Scan:
             if isinstance(row, BadRow):
                 bad[reading.name].append(row)
             else:
-                inputs.add(_input_of(row))
-                codes.append(names.setdefault(_label_of(row), len(names)))
+                inputs.add(input_of(row))
+                codes.append(names.setdefault(classes_of(row), len(names)))
         n_rows = len(codes) - sum(reading.n_rows for reading in readings)
         readings.append(replace(reading, n_rows=n_rows))
     check_bad_rows(bad, data.max_bad_rows)
@@ -153,9 +145,10 @@ def scan(recipe: Recipe, folder: Path, scratch: Path | None = None) -> Scan:
     labels, groups = rank[np.array(codes, dtype=np.int64)], inputs.groups()
     part_of = _assign(readings, groups, labels, data)
     learned = np.unique(labels[part_of == TRAIN])
-    present = tuple(known[code] for code in learned if known[code])
+    present = tuple(sorted({name for code in learned for name in known[code]}))
     found = Scan(readings, part_of, present, _report(readings, part_of, groups, data, bad))
-    unknown = np.flatnonzero(~np.isin(labels, learned) & (part_of != LEFT_OUT))
+    strange = [code for code, classes in enumerate(known) if not set(classes) <= set(present)]
+    unknown = np.flatnonzero(np.isin(labels, strange) & (part_of != LEFT_OUT))
     if len(unknown) and not data.streaming:
         raise _unknown_label(found, int(unknown[0]), recipe, folder)
     return found
@@ -198,7 +191,7 @@ def training_sources(data: Data) -> list[Reading]:
 
 def checked_rows(reading: Reading, recipe: Recipe, folder: Path) -> Iterator[Example | BadRow]:
     """The rows of a source as examples of the task. Raises `DataError` when no row has a column that it needs."""
-    absent = required_columns(recipe.data, recipe.objective.task)
+    absent = required_columns(recipe.data, recipe.objective)
     last: Row | None = None
     for row in read_rows(reading.source, folder, reading.field):
         if isinstance(row, Row):
@@ -234,7 +227,7 @@ def check_bad_rows(bad: dict[str, list[BadRow]], tolerated: int) -> None:
 def _unknown_label(found: Scan, place: int, recipe: Recipe, folder: Path) -> DataError:
     everything = replace(found, part_of=np.zeros_like(found.part_of))  # nothing left out, so that the place counts
     _, _, row = next(islice(examples(everything, recipe, folder), place, None))
-    label = _label_of(row)
+    label = next(name for name in classes_of(row) if name not in found.labels)
     fix = f"training never saw this label ({nearest(label, found.labels)}); mend it or add such rows to train"
     if recipe.data.max_train_rows is not None:
         fix += f" (data.max_train_rows = {recipe.data.max_train_rows} leaves rows out)"
@@ -295,19 +288,3 @@ def _report(
                 raise DataError("data.max_train_rows", data.max_train_rows, fix)
         start += reading.n_rows
     return DataReport(counts, origins, bad, shared, sources)
-
-
-def _input_of(row: Example) -> str:
-    """What the model is given, in a form in which repeats are equal: case and blanks do not make a new question."""
-    if isinstance(row, Conversation):
-        given: Iterable[str] = (f"{turn.role}: {turn.content}" for turn in row.messages if turn.role != "assistant")
-        text = "\n".join(given)
-    elif isinstance(row, PromptCompletion):
-        text = row.prompt
-    elif isinstance(row, Document | Labeled):
-        text = row.text
-    return " ".join(text.casefold().split())
-
-
-def _label_of(row: Example) -> str:
-    return row.label if isinstance(row, Labeled) else ""

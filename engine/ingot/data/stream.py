@@ -14,7 +14,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from ingot.data.conversation import Example, required_columns, to_example
+from ingot.data.example import Example, required_columns, to_example
 from ingot.data.plan import Cursor, Portion, plan_epoch
 from ingot.data.rows import EncodedRows, ListRows
 from ingot.data.sources import BadRow, Row, read_rows, require_lazy
@@ -24,6 +24,7 @@ from ingot.data.template import ROWS_PER_CALL, DroppedReport, Encoded, encode_al
 from ingot.data.turns import Tokenizer
 from ingot.errors import DataError, RecipeError
 from ingot.recipe import Recipe
+from ingot.recipe_data import CLASSES
 
 HEAD_ROWS = 100  # of each source are read and encoded before training: most mistakes show there
 IN_FLIGHT = 3  # steps that training may still hold of a window when the next but one is begun
@@ -45,8 +46,9 @@ def check(recipe: Recipe, home: Path) -> None:
     if data.max_train_rows is not None:
         fix = "no rows can be drawn from a stream (data.streaming: true); remove it, train.max_steps says how many"
         raise RecipeError("data.max_train_rows", data.max_train_rows, fix)
-    if recipe.objective.task == "text-classification":
-        fix = "text-classification has to know every class before the first step; set it to false"
+    if recipe.objective.task in CLASSES or recipe.objective.method == "dpo":
+        needs = "know every class" if recipe.objective.task in CLASSES else "ask the starting model about every row"
+        fix = f"{recipe.objective.loss} has to {needs} before the first step; set it to false"
         raise RecipeError("data.streaming", True, fix)
     for reading in training_sources(data):
         require_lazy(reading.source, home, reading.field)
@@ -65,7 +67,7 @@ def first_rows(recipe: Recipe, home: Path, bad: dict[str, list[BadRow]] | None =
         usable = [row for row in made if not isinstance(row, BadRow)]
         bad[reading.name] = [row for row in made if isinstance(row, BadRow)]
         present = [row for row in rows if isinstance(row, Row)]
-        wanted = required_columns(recipe.data, recipe.objective.task)
+        wanted = required_columns(recipe.data, recipe.objective)
         absent = {name: column for name, column in wanted.items() if all(column not in row.values for row in present)}
         if absent and present:
             raise missing_column(absent, present[-1], reading)

@@ -13,15 +13,16 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from ingot.data.rows import n_targets
-from ingot.data.template import Encoded
+from ingot.data.encoded import Encoded
 
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
         ("trainable", pa.list_(pa.bool_())),
-        ("label", pa.int32()),
+        ("labels", pa.list_(pa.int32())),
         ("where", pa.string()),
+        ("parts", pa.list_(pa.int32())),
+        ("terms", pa.int32()),
     ]
 )
 TEXTS_PER_BATCH = 10_000
@@ -58,9 +59,16 @@ class ArrowRows:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._starts, index) - 1
-        ids, trainable, label, where = self._batches[number].columns
+        ids, trainable, labels, where, parts, terms = self._batches[number].columns
         place = index - self._starts[number]
-        return Encoded(_list_at(ids, place), _list_at(trainable, place), label[place].as_py(), where[place].as_py())
+        return Encoded(
+            _list_at(ids, place),
+            _list_at(trainable, place),
+            labels[place].as_py(),
+            where[place].as_py(),
+            tuple(parts[place].as_py()),
+            terms[place].as_py(),
+        )
 
     def __iter__(self) -> Iterator[Encoded]:
         return (self[index] for index in range(len(self)))
@@ -85,7 +93,7 @@ class RowWriter:
         if not rows:
             return
         self._lengths.extend(len(row.ids) for row in rows)
-        self._targets.extend(n_targets(row) for row in rows)
+        self._targets.extend(row.n_targets for row in rows)
         batch = _batch(rows)
         if self._file is None:
             self._batches.append(batch)
@@ -185,8 +193,10 @@ def _batch(rows: Sequence[Encoded]) -> Any:
     columns = [
         pa.ListArray.from_arrays(offsets, pa.array(ids)),
         pa.ListArray.from_arrays(offsets, pa.array(trainable)),
-        pa.array([row.label for row in rows], pa.int32()),
+        pa.array([row.labels for row in rows], pa.list_(pa.int32())),
         pa.array([row.where for row in rows], pa.string()),
+        pa.array([row.parts for row in rows], pa.list_(pa.int32())),
+        pa.array([row.terms for row in rows], pa.int32()),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 

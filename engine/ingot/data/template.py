@@ -1,35 +1,41 @@
 """Examples to token ids and the mask of what is learned. Special tokens are encoded exactly once.
 
 Masks are by position, never by id: a tokenizer whose pad token is its eos token still learns to stop.
-
-text-generation: prompt and completion are joined (`joined`), encoded as one text, and parted by character offsets.
-A token belongs to the completion when it starts at or after the joint, and spaces at the joint belong to the
-completion, because tokenizers glue a space to the word behind it. `prompt_ids` ends at the same joint, so the model
-is asked with exactly the tokens it was trained behind.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ingot.data.conversation import Conversation, Document, Example, Labeled, PromptCompletion
-from ingot.data.turns import Tokenizer, encode_chats, first_token, render, require_template
+from ingot.data.conversation import Conversation, Document, PromptCompletion, SourceTarget
+from ingot.data.encoded import Encoded as Encoded
+from ingot.data.encoded import ids_of, prefix_of, with_prefix
+from ingot.data.example import Example
+from ingot.data.labeled import Asked, Labeled, MultiLabeled, Tagged
+from ingot.data.preference import Preference
+from ingot.data.texts import completions, documents, joined
+from ingot.data.turns import Masked, Tokenizer, encode_chats, render, require_template
 from ingot.errors import DataError, ModelError
 from ingot.recipe import Data, Objective
-from ingot.registry import nearest
+from ingot.registry import resolve
 
 ROWS_PER_CALL = 1000  # a fast tokenizer wants long lists; progress wants to be told now and then
 LISTED_DROPS = 20
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One row as ids. `trainable[i]`: token i is a target. `label`: class index of a classification row."""
-
-    ids: list[int]
-    trainable: list[bool]
-    label: int | None
-    where: str
+# Kind of rows -> encoder: (examples, tokenizer, data, objective, labels) -> each row, and whether it was cut.
+ENCODERS = {
+    "chat-completion": "ingot.data.template:masked",
+    "text-generation": "ingot.data.template:masked",
+    "language-modeling": "ingot.data.template:masked",
+    "preference": "ingot.data.pairs:preferences",
+    "summarization": "ingot.data.targets:source_targets",
+    "translation": "ingot.data.targets:source_targets",
+    "text-classification": "ingot.data.labels:labeled",
+    "multi-label-classification": "ingot.data.labels:multi_labeled",
+    "token-classification": "ingot.data.labels:tagged",
+    "question-answering": "ingot.data.spans:asked",
+    "fill-mask": "ingot.data.masking:maskable",
+}
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,7 @@ def encode_all(
     for start in range(0, len(examples), ROWS_PER_CALL):
         for row, was_cut in _encode_many(examples[start : start + ROWS_PER_CALL], tokenizer, data, objective, labels):
             truncated += was_cut
-            # The first token has nothing before it to be predicted from: a row with that target alone teaches nothing.
-            if row.label is None and not any(row.trainable[1:]):
+            if row.labels is None and not row.n_targets:
                 dropped.append(row.where)
             else:
                 kept.append(row)
@@ -86,152 +91,106 @@ def prompt_ids(example: Example, tokenizer: Tokenizer, data: Data, objective: Ob
     if isinstance(example, Conversation):
         require_template(tokenizer)
         text = render(example, tokenizer, example.last_assistant, prompt=True)
-        return _ids(tokenizer, text)
+        return ids_of(tokenizer, text)
     if isinstance(example, PromptCompletion):
         text, joint = joined(example)
-        return _with_prefix(_ids(tokenizer, text[:joint]), _prefix(tokenizer))
-    if isinstance(example, Labeled):
+        return with_prefix(ids_of(tokenizer, text[:joint]), prefix_of(tokenizer))
+    if isinstance(example, SourceTarget):
+        return list(tokenizer(example.source)["input_ids"])
+    if isinstance(example, Labeled | MultiLabeled):
         return list(tokenizer(example.text)["input_ids"])
-    fix = "language-modeling rows have no prompt; use chat-completion or text-generation to generate"
+    fix = f"{objective.loss} rows have no prompt; use chat-completion or text-generation to generate"
     raise DataError("objective.task", objective.task, fix, where=example.where)
 
 
 def reference_text(example: Example) -> str:
-    """What the model should answer: the last assistant turn, the completion, the label or the document.
+    """What the model should answer: the last assistant turn, the completion, the target, the label, the labels as JSON,
+    the tags with blanks between them, the first right answer, the document; of two answers the preferred one.
 
     A tool call without content is the JSON of its calls, one a line, as `{"name": ..., "arguments": ...}`.
     """
+    if isinstance(example, Preference):
+        example = example.chosen
     if isinstance(example, Conversation):
         return example.messages[example.last_assistant].answer()
     if isinstance(example, PromptCompletion):
         return example.completion
+    if isinstance(example, SourceTarget):
+        return example.target
     if isinstance(example, Labeled):
         return example.label
+    if isinstance(example, MultiLabeled):
+        return json.dumps(example.labels, ensure_ascii=False)
+    if isinstance(example, Tagged):
+        return " ".join(example.tags)
+    if isinstance(example, Asked):
+        return example.answers[0][0] if example.answers else ""
     return example.text
-
-
-def joined(example: PromptCompletion) -> tuple[str, int]:
-    """Prompt and completion as one text, and the character where the completion begins.
-
-    One space is put between them where neither brings a blank of its own; spaces at the joint count as completion.
-    """
-    prompt, completion = example.prompt, example.completion
-    apart = prompt[-1:].isspace() or completion[:1].isspace()
-    return prompt + ("" if apart else " ") + completion, len(prompt.rstrip(" "))
-
-
-# --- batches ---------------------------------------------------------------------------------------------------
 
 
 def _encode_many(
     examples: Sequence[Example], tokenizer: Tokenizer, data: Data, objective: Objective, labels: Sequence[str]
 ) -> list[tuple[Encoded, bool]]:
-    """Each row with whether it was cut. All rows are of one kind, that of the task."""
+    """Each row with whether it was cut. All rows are of one kind, that of the objective."""
     if not examples:
         return []
     if not tokenizer.is_fast:
         fix = "this tokenizer gives no character offsets; use a model with a tokenizer.json (a fast tokenizer)"
         raise ModelError("model.source", tokenizer.name_or_path, fix)
-    if isinstance(examples[0], Labeled):
-        return _labeled([row for row in examples if isinstance(row, Labeled)], tokenizer, data.max_tokens, labels)
-    if isinstance(examples[0], Conversation):
-        masked = encode_chats([row for row in examples if isinstance(row, Conversation)], tokenizer, objective)
-    elif isinstance(examples[0], PromptCompletion):
-        masked = _completions([row for row in examples if isinstance(row, PromptCompletion)], tokenizer)
-    else:
-        masked = _documents([row for row in examples if isinstance(row, Document)], tokenizer)
+    encoder = resolve(ENCODERS, "objective.task", objective.rows)
+    found: list[tuple[Encoded, bool]] = encoder(examples, tokenizer, data, objective, labels)
+    return found
+
+
+def masked(
+    examples: Sequence[Example], tokenizer: Tokenizer, data: Data, objective: Objective, labels: Sequence[str]
+) -> list[tuple[Encoded, bool]]:
+    """Texts of which some tokens are learned; what is over `data.max_tokens` loses its end."""
     longest = data.max_tokens
+    pairs = zip(examples, masks(examples, tokenizer, objective), strict=True)
     return [
         (Encoded(ids[:longest], trainable[:longest], None, row.where), len(ids) > longest)
-        for row, (ids, trainable) in zip(examples, masked, strict=True)
+        for row, (ids, trainable) in pairs
     ]
 
 
-def _completions(rows: Sequence[PromptCompletion], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
-    texts, joints = zip(*map(joined, rows), strict=True)
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-    prefix, eos = _prefix(tokenizer), _eos(tokenizer)
-    results = []
-    for ids, offsets, joint in zip(encoded["input_ids"], encoded["offset_mapping"], joints, strict=True):
-        n_prompt = first_token(offsets, joint)
-        whole = _with_prefix(ids, prefix)
-        trainable = [False] * (n_prompt + len(whole) - len(ids)) + [True] * (len(ids) - n_prompt)
-        results.append(_ended(whole, trainable, eos))
-    return results
-
-
-def _documents(rows: Sequence[Document], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
-    encoded = tokenizer([row.text for row in rows], add_special_tokens=False)
-    prefix, eos = _prefix(tokenizer), _eos(tokenizer)
-    results = []
-    for ids in encoded["input_ids"]:
-        whole = _with_prefix(ids, prefix)
-        n_prefix = len(prefix) if whole[: len(prefix)] == prefix else 0
-        results.append(_ended(whole, [False] * n_prefix + [True] * (len(whole) - n_prefix), eos))
-    return results
-
-
-def _labeled(
-    rows: Sequence[Labeled], tokenizer: Tokenizer, max_tokens: int, labels: Sequence[str]
-) -> list[tuple[Encoded, bool]]:
-    index = {label: number for number, label in enumerate(labels)}
-    results = []
-    for row, ids in zip(rows, tokenizer([row.text for row in rows])["input_ids"], strict=True):
-        if row.label not in index:
-            fix = f"training never saw this label; {nearest(row.label, index)}"
-            raise DataError("label", row.label, fix, where=row.where)
-        is_long = len(ids) > max_tokens
-        if is_long:  # cut by the tokenizer, which keeps the closing special token ([SEP]) that a plain cut would lose
-            ids = tokenizer(row.text, truncation=True, max_length=max_tokens)["input_ids"]
-        results.append((Encoded(list(ids), [False] * len(ids), index[row.label], row.where), is_long))
-    return results
-
-
-# --- special tokens --------------------------------------------------------------------------------------------
-
-
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _prefix(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text of its own accord (a BOS, or nothing), learned by asking it."""
-    bare, dressed = _ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    return dressed[: next((n for n in range(len(dressed)) if dressed[n : n + len(bare)] == bare), 0)]
-
-
-def _with_prefix(ids: list[int], prefix: list[int]) -> list[int]:
-    return ids if ids[: len(prefix)] == prefix else prefix + ids
-
-
-def _eos(tokenizer: Tokenizer) -> int:
-    if tokenizer.eos_token_id is None:
-        fix = "the tokenizer has no eos token, so the model could not learn to stop; set eos_token in its configuration"
-        raise ModelError("model.source", tokenizer.name_or_path, fix)
-    return int(tokenizer.eos_token_id)
-
-
-def _ended(ids: list[int], trainable: list[bool], eos: int) -> tuple[list[int], list[bool]]:
-    return (ids, trainable) if ids and ids[-1] == eos else ([*ids, eos], [*trainable, True])
+def masks(examples: Sequence[Example], tokenizer: Tokenizer, objective: Objective) -> list[Masked]:
+    """Ids and mask of conversations, prompts with completions, or documents; all of one kind."""
+    if isinstance(examples[0], Conversation):
+        return encode_chats([row for row in examples if isinstance(row, Conversation)], tokenizer, objective)
+    if isinstance(examples[0], PromptCompletion):
+        return completions([row for row in examples if isinstance(row, PromptCompletion)], tokenizer)
+    return documents([row for row in examples if isinstance(row, Document)], tokenizer)
 
 
 def prompt_text(example: Example) -> str:
-    """What the model is asked, as text for people: the last user turn, the prompt, or the text."""
+    """What the model is asked, as text for people: the last user turn, the prompt, the source, or the text."""
+    if isinstance(example, Preference):
+        example = example.chosen
     if isinstance(example, Conversation):
         asked = [turn.content for turn in example.messages[: example.last_assistant] if turn.role != "assistant"]
         return asked[-1] if asked else ""
+    if isinstance(example, SourceTarget):
+        return example.source
+    if isinstance(example, Asked):
+        return f"{example.question}\n{example.context}"
     return joined(example)[0][: joined(example)[1]] if isinstance(example, PromptCompletion) else example.text
 
 
 def request_of(example: Example) -> dict[str, Any]:
-    """The row as a request to an endpoint: `messages` before the last assistant turn, `input_string`, or `text`.
+    """The row as a request to an endpoint: `messages` before the last assistant turn, `input_string`, `text`, or
+    `question` and `context`.
 
     A document is asked for the rest of its first eight words.
     """
+    if isinstance(example, Preference):
+        example = example.chosen
     if isinstance(example, Conversation):
         return {"messages": [turn.as_dict() for turn in example.messages[: example.last_assistant]]}
-    if isinstance(example, Labeled):
+    if isinstance(example, Labeled | MultiLabeled | Tagged):
         return {"text": example.text}
+    if isinstance(example, Asked):
+        return {"question": example.question, "context": example.context}
     if isinstance(example, Document):
         return {"input_string": " ".join(example.text.split()[:8])}
     return {"input_string": prompt_text(example)}

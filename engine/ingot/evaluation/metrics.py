@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ingot.errors import IngotError, RecipeError
-from ingot.recipe import Evaluate, Task
+from ingot.recipe import Evaluate
 from ingot.registry import nearest
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -299,7 +299,7 @@ METRICS: dict[str, Metric] = {
 CLASS_METRICS = ("accuracy", "f1_macro", "f1_weighted")
 LIKELIHOOD_METRICS = ("perplexity", "loss")
 TEXT_METRICS = tuple(name for name in METRICS if name not in (*CLASS_METRICS, *LIKELIHOOD_METRICS))
-OF_TASK: dict[Task, tuple[str, ...]] = {
+OF_TASK: dict[str, tuple[str, ...]] = {
     "chat-completion": TEXT_METRICS,
     "text-generation": TEXT_METRICS,
     "text-classification": CLASS_METRICS,
@@ -307,8 +307,8 @@ OF_TASK: dict[Task, tuple[str, ...]] = {
 }
 
 
-def metric_names(section: Evaluate, task: Task, references: References) -> list[str]:
-    """The recipe's metrics, or the task's own.
+def metric_names(section: Evaluate, task: str, references: References) -> list[str]:
+    """The recipe's metrics, or those of `task` (`objective.rows`).
 
     Raises RecipeError for a name that is unknown or not of this task, and for a metric that is undefined on
     `references`.
@@ -325,7 +325,7 @@ def metric_names(section: Evaluate, task: Task, references: References) -> list[
     return names
 
 
-def _defaults(task: Task, references: References) -> tuple[str, ...]:
+def _defaults(task: str, references: References) -> tuple[str, ...]:
     if task == "chat-completion":
         objects = _json_undefined(references) is None
         return ("json_exact_match", "json_argument_f1", "json_valid") if objects else ("exact_match",)

@@ -13,7 +13,7 @@ import numpy as np
 from ingot.errors import IngotError
 from ingot.evaluation.metrics import METRICS, Statistic, finite, loss_of, metric_names, perplexity_of
 from ingot.evaluation.statistics import Paired, interval, paired
-from ingot.recipe import Evaluate, Task
+from ingot.recipe import Evaluate
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def merge_items(items: Sequence[Item]) -> list[Item]:
 
 
 def evaluate_texts(
-    name: str, items: Sequence[Item], predictions: Sequence[str], section: Evaluate, task: Task, started: float
+    name: str, items: Sequence[Item], predictions: Sequence[str], section: Evaluate, task: str, started: float
 ) -> Evaluation:
     """Score generated texts or chosen classes. `started`: perf_counter when the model began to answer."""
     _require_rows(items)

@@ -23,10 +23,11 @@ from transformers.utils import logging
 from ingot.errors import FieldError, MissingPackage, RecipeError
 from ingot.model.attention import FEATURES, flash_kernel, implementation, varlen_kernel
 from ingot.model.documents import Documents
-from ingot.model.load import resolve_pooling
+from ingot.model.load import KINDS, POOLED, resolve_pooling
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.source import model_folder
 from ingot.recipe import Model, Recipe, Task
+from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
 
 LENGTHS = (7, 1, 9)  # rows of the trial: longer than its windows, and one of a single token
 WINDOW = 4
@@ -146,12 +147,16 @@ def examine(model: Model, folder: Path, task: Task) -> tuple[str | None, Needs]:
 
     A trial of the model's class on the CPU: below a second, and a few hundred MB for the widest models.
     """
-    if task == "text-classification" and resolve_pooling(model, folder) == "head":
+    if task in SEQUENCE_TO_SEQUENCE:
+        return "a decoder would read every row's source", Needs()
+    if task == "question-answering":
+        return "an answer is looked for among the tokens of its own row", Needs()
+    if task in POOLED and resolve_pooling(model, folder) == "head":
         return "a classifier's own head finds a row's last or first token by padding", Needs()
     path = model_folder(model, folder, weights=False)
     options = {"trust_remote_code": model.trust_remote_code}
     config = AutoConfig.from_pretrained(path, local_files_only=True, **options)
-    return trial(config, pooled=task == "text-classification", **options)
+    return trial(config, pooled=task in POOLED, kind=KINDS.get(task), **options)
 
 
 @contextmanager
@@ -166,9 +171,11 @@ def _quiet() -> Iterator[None]:
 
 
 @_quiet()
-def trial(config: PreTrainedConfig, *, pooled: bool, **options: Any) -> tuple[str | None, Needs]:
-    """`examine` for a configuration. `pooled`: through MeanPoolClassifier. `options` are from_config's."""
-    kind = AutoModel if pooled else AutoModelForCausalLM
+def trial(config: PreTrainedConfig, *, pooled: bool, kind: Any = None, **options: Any) -> tuple[str | None, Needs]:
+    """`examine` for a configuration. `pooled`: through MeanPoolClassifier. `kind`: the Auto class, None: that of models
+    that write text. `options` are from_config's.
+    """
+    kind = AutoModel if pooled else kind or AutoModelForCausalLM
     failure: Exception | None = None
     for narrow in (True, False):
         try:

@@ -12,7 +12,11 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +30,15 @@ from ingot.recipe import Model, Task
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 Read: TypeAlias = Callable[..., nn.Module]  # (an Auto class, folder, **options of its from_pretrained) -> model
+# What reads a task's model; the others write text from left to right.
+KINDS: dict[str, Any] = {
+    "summarization": AutoModelForSeq2SeqLM,
+    "translation": AutoModelForSeq2SeqLM,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "fill-mask": AutoModelForMaskedLM,
+}
+POOLED = ("text-classification", "multi-label-classification", "reward")  # an output for a whole row
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -122,13 +135,30 @@ def load_model(
         "attn_implementation": implementation(model.attention),
     }
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=model.trust_remote_code)
-    if task == "text-classification":
-        return _load_classifier(model, path, folder, config, labels, dtype, random, read)
-    if random:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    return read(
-        AutoModelForCausalLM, path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **options
-    )
+    if task in POOLED:
+        _name_outputs(config, labels if task != "reward" else ("score",))
+        config.problem_type = "multi_label_classification" if task == "multi-label-classification" else None
+        return _load_classifier(model, path, folder, config, dtype, random, read)
+    kind = KINDS.get(task, AutoModelForCausalLM)
+    if task == "token-classification":
+        _name_outputs(config, labels)
+    try:
+        if random:
+            return kind.from_config(config, dtype=dtype, **options)  # type: ignore[no-any-return]
+        # A head of another size than the task's is drawn anew; what writes text has the one head that it came with.
+        options["ignore_mismatched_sizes"] = task == "token-classification"
+        options |= {"local_files_only": True, "use_safetensors": True}
+        return read(kind, path, config=config, dtype=dtype, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        fix = f"no model of transformers does {task} with a {type(config).__name__}; choose another model or task"
+        raise ModelError("model.source", model.source, fix) from error
+
+
+def _name_outputs(config: Any, labels: tuple[str, ...]) -> None:
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
 
 
 def _load_classifier(
@@ -136,13 +166,10 @@ def _load_classifier(
     path: Path,
     folder: Path,
     config: Any,
-    labels: tuple[str, ...],
     dtype: torch.dtype,
     random: bool,
     read: Read,
 ) -> nn.Module:
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in enumerate(labels)}
     if config.pad_token_id is None:  # decoders find a row's last token by this id
         config.pad_token_id = pad_id(load_tokenizer(model, folder))
     options: dict[str, Any] = {
@@ -170,7 +197,7 @@ def _load_classifier(
     # never moves.
     if getattr(loaded, "pooler", None) is not None:
         loaded.pooler = None
-    return MeanPoolClassifier(loaded, len(labels))
+    return MeanPoolClassifier(loaded, len(config.id2label))
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

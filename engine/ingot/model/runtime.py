@@ -12,7 +12,11 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +36,15 @@ from .pooling import CLASSIFIER_FILE, MeanPoolClassifier, class_probabilities
 
 RUNTIME_FILE = "ingot.json"
 DEFAULT_NEW_TOKENS = 128
+KINDS: dict[str, Any] = {
+    "summarization": AutoModelForSeq2SeqLM,
+    "translation": AutoModelForSeq2SeqLM,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "fill-mask": AutoModelForMaskedLM,
+}
+POOLED = ("text-classification", "multi-label-classification", "reward")
+WRITING = ("chat-completion", "text-generation", "language-modeling")
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -71,8 +84,9 @@ class Runtime:
         dtype: Any = "auto" if where.type == "cuda" else torch.float32
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        if about["task"] != "text-classification":
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **local)
+        if about["task"] not in POOLED:
+            auto = KINDS.get(about["task"], AutoModelForCausalLM)
+            model = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True, **local)
         elif (folder / CLASSIFIER_FILE).is_file():
             model = MeanPoolClassifier.from_pretrained(folder, dtype=dtype)
         else:
@@ -102,8 +116,9 @@ class Runtime:
         return plain_prompt_ids(self.tokenizer, prompt)
 
     def _require_text(self) -> None:
-        if self.task == "text-classification":
-            raise InputError("model", "this model classifies text: it does not write any")
+        if self.task not in WRITING:
+            what = "classifies text" if self.task == "text-classification" else f"is for {self.task}"
+            raise InputError("model", f"this model {what}: it does not write any")
 
     def sampling(self, prompts: Sequence[list[int]], params: dict[str, Any]) -> Sampling:
         """`params` (max_new_tokens, temperature, top_p, stop, seed; None: default) -> `Sampling`.
@@ -146,7 +161,8 @@ class Runtime:
     def classify(self, texts: Sequence[str], tokens_per_batch: int = 8192) -> list[tuple[str, dict[str, float]]]:
         """The most likely label of each text, and the probability of every label."""
         if self.task != "text-classification":
-            raise InputError("model", "this model writes text: it does not classify")
+            does = "writes text" if self.task in WRITING else f"is for {self.task}"
+            raise InputError("model", f"this model {does}: it does not classify")
         limits = [n for n in (context_limit(self.model), self.tokenizer.model_max_length) if n is not None]
         cut = self.about.get("max_tokens")  # training cut longer texts there, so the same is done here
         encoded = [list(self.tokenizer(t, truncation=cut is not None, max_length=cut)["input_ids"]) for t in texts]

@@ -7,16 +7,17 @@ from itertools import product
 
 from ingot.errors import MissingPackage, RecipeError
 from ingot.ranks import Ranks
-from ingot.recipe import Recipe
+from ingot.recipe import CAUSAL, Recipe
 
 STRATEGIES = ("none", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 ZERO = ("zero1", "zero2", "zero3")
+WHOLE_ROWS = ("text-classification", "multi-label-classification", "reward", "dpo")
 LINES = ("padding-free", "packed")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination of settings, named as in the recipe; `world` ranks in all."""
+    """A combination of settings, named as in the recipe; `world` ranks in all, `task` is `objective.loss`."""
 
     strategy: str = "none"
     adapter: str = "lora"
@@ -117,13 +118,13 @@ RULES = (
     ),
     Rule(
         "parallel.context",
-        lambda c: c.context > 1 and c.task == "text-classification",
-        "a class is read from a whole row, which no rank would hold; use context=1 (rows are short enough)",
+        lambda c: c.context > 1 and c.task not in CAUSAL,
+        "only next tokens can be learned from a part of a row, and this objective looks at whole rows; use context=1",
     ),
     Rule(
         "data.batches",
-        lambda c: c.batches == "packed" and c.task == "text-classification",
-        "packs fill up steps of many tokens, and classes are counted in rows; use padding-free",
+        lambda c: c.batches == "packed" and c.task in WHOLE_ROWS,
+        "packs fill up steps of many tokens, and this objective counts rows; use padding-free",
     ),
 )
 
@@ -139,7 +140,7 @@ def cell_of(recipe: Recipe, ranks: Ranks) -> Cell:
         section.offload,
         section.context,
         section.tensor,
-        recipe.objective.task,
+        recipe.objective.loss,
         ranks.world,
         section.shard_ranks,
     )

@@ -162,7 +162,7 @@ def load_batch(path: Path | str) -> Batch:
     rest = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))["batch"]
     if "row_lengths" in rest:
         rest["row_lengths"] = tuple(rest["row_lengths"])
-    return Batch(**{"class_labels_B": None, **load_file(path), **rest})
+    return Batch(**load_file(path), **rest)
 
 
 @contextlib.contextmanager

@@ -15,11 +15,12 @@ from typing import TypeVar
 
 import torch
 
-from ingot.data.loader import Batch, batches_of, collate
-from ingot.data.plan import Cursor, Feed, Portion
+from ingot.data.encoded import Encoded
+from ingot.data.loader import Batch, Drawn, batches_of
+from ingot.data.plan import Cursor, Divisor, Feed, Portion
 from ingot.data.rows import EncodedRows
-from ingot.data.template import Encoded
 from ingot.errors import DataError, Interrupted
+from ingot.parallel.layout import Layout
 from ingot.parallel.optim import lr_at
 from ingot.parallel.sharded import Sharded
 from ingot.ranks import all_reduce_sum, on_main
@@ -27,7 +28,7 @@ from ingot.recipe import Recipe
 from ingot.train import diagnosis, guard, memory
 from ingot.train.checkpoint import Checkpoints, Progress
 from ingot.train.meter import Meter
-from ingot.train.objectives import OBJECTIVES
+from ingot.train.objectives import OBJECTIVES, collator_of
 from ingot.train.prefetch import ahead
 
 Notify = Callable[[str], None]
@@ -37,11 +38,23 @@ Made = tuple[int, list[Batch]]  # the microbatches of a step, and the budget tha
 
 @dataclass(frozen=True)
 class Rows:
-    """What to learn from, and encoded rows to watch; `pad_id` fills up batches."""
+    """What to learn from, and encoded rows to watch; `pad_id` fills up batches. fill-mask: `mask_id` hides tokens of
+    `vocabulary` many.
+    """
 
     train: Feed
     validation: EncodedRows
     pad_id: int
+    mask_id: int | None = None
+    vocabulary: int = 0
+
+    def batch(self, part: Sequence[Encoded], recipe: Recipe, layout: Layout, draw: object) -> Batch:
+        """A microbatch, as the objective wants it; what it draws by chance depends on `draw` and the seed alone."""
+        drawn = None
+        if self.mask_id is not None:
+            drawn = Drawn(self.mask_id, self.vocabulary, f"{recipe.train.seed} {draw}")
+        make, flat = collator_of(recipe.objective), recipe.data.batches != "padded"
+        return make(part, self.pad_id, flat=flat, multiple=layout.context, drawn=drawn)
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def fit(
     watch_every, save_every = _intervals(rows.train, recipe)
     meter = meter or Meter()
     meter.watch(sharded, train.gradient_checkpointing)
-    step = _Step(sharded, rows.pad_id, recipe, meter, folder or checkpoints.folder, notify)
+    step = _Step(sharded, rows, recipe, meter, folder or checkpoints.folder, notify)
     with _stop_signals() as stopped, guard.deterministic(train.deterministic), checkpoints:
         for portion, made in ahead(rows.train.start(state.cursor), step.batches):
             if state.step == n_steps:
@@ -208,11 +221,11 @@ class _Step:
     """One optimizer step; knows the budget of a forward pass, which running out of memory may halve."""
 
     def __init__(
-        self, sharded: Sharded, pad_id: int, recipe: Recipe, meter: Meter, folder: Path, notify: Notify
+        self, sharded: Sharded, rows: Rows, recipe: Recipe, meter: Meter, folder: Path, notify: Notify
     ) -> None:
-        self.sharded, self.pad_id, self.recipe, self.meter, self.notify = sharded, pad_id, recipe, meter, notify
+        self.sharded, self.rows, self.recipe, self.meter, self.notify = sharded, rows, recipe, meter, notify
         self.folder, self.tokens_per_microbatch = folder, memory.budget_of(recipe, folder, notify)
-        self.objective = OBJECTIVES[recipe.objective.task]
+        self.objective = OBJECTIVES[recipe.objective.loss]
         self.under_way = self.largest = memory.Load()
 
     def parts(self, portion: Portion) -> list[list[Encoded]]:
@@ -224,9 +237,10 @@ class _Step:
 
     def batches(self, portion: Portion) -> Made:
         """This rank's share of a step."""
-        layout, flat = self.sharded.layout, self.recipe.data.batches != "padded"
-        budget, parts = self.tokens_per_microbatch, self.parts(portion)
-        return budget, [collate(part, self.pad_id, flat=flat, multiple=layout.context) for part in parts]
+        budget, layout = self.tokens_per_microbatch, self.sharded.layout
+        return budget, [
+            self.rows.batch(part, self.recipe, layout, portion.cursor.epoch) for part in self.parts(portion)
+        ]
 
     def __call__(self, portion: Portion, made: Made, state: Progress, lr: float, flags: list[float]) -> _Outcome:
         """Learn from `portion`. Raises what `fit` names."""
@@ -258,7 +272,7 @@ class _Step:
         left_out_before = state.skipped - state.spikes
         if left_out_before >= train.nonfinite_budget:
             where = [[row.where for row in part] for part in self.parts(portion)]
-            learn = partial(self._learn, batches, portion.n_targets, step)
+            learn = partial(self._learn, batches, portion.divisor, step)
             raise diagnosis.not_finite(reason, sharded, learn, batches, where, self.folder, step)
         self.notify(f"{reason}; the step is left out ({left_out_before + 1} of at most {train.nonfinite_budget})")
         return _Outcome(loss, math.nan, raised)
@@ -271,7 +285,7 @@ class _Step:
         if budget != self.tokens_per_microbatch:  # made ahead, before the budget was halved
             _, batches = self.batches(portion)
         while True:
-            found = self._attempt(partial(self._learn, batches, portion.n_targets, step))
+            found = self._attempt(partial(self._learn, batches, portion.divisor, step))
             if not isinstance(found, memory.Failure):
                 return found, batches
             self.sharded.drop()
@@ -312,7 +326,7 @@ class _Step:
             raise memory.explain(found, self.recipe, budget, self.largest, ranks.world, ranks.rank, step)
         return found
 
-    def _learn(self, batches: list[Batch], divisor: int, step: int) -> torch.Tensor:
+    def _learn(self, batches: list[Batch], divisor: Divisor, step: int) -> torch.Tensor:
         """Gradients of this rank's part of step `step` (1 is the first); returns its part of the mean loss, a float32
         scalar.
         """
@@ -337,16 +351,16 @@ class _Step:
 
 @torch.no_grad()
 def validation_loss(sharded: Sharded, rows: Rows, recipe: Recipe, tokens_per_microbatch: int) -> float:
-    """Mean loss per target over all validation rows, over all ranks."""
+    """The loss over all validation rows, over all ranks."""
     sharded.wrapped.eval()
-    objective, layout, flat = OBJECTIVES[recipe.objective.task], sharded.layout, recipe.data.batches != "padded"
+    objective, layout, flat = OBJECTIVES[recipe.objective.loss], sharded.layout, recipe.data.batches != "padded"
     everything = Portion(rows.validation, [[index] for index in range(len(rows.validation))], Cursor())
     total = torch.zeros((), device=sharded.device)
     for part in batches_of(
         everything, layout.data_rank, layout.data, tokens_per_microbatch, flat=flat, even=sharded.even
     ):
-        batch = collate(part, rows.pad_id, flat=flat, multiple=layout.context)
-        total += objective(sharded, batch, everything.n_targets, recipe.objective)
+        batch = rows.batch(part, recipe, layout, "validation")
+        total += objective(sharded, batch, everything.divisor, recipe.objective)
     return all_reduce_sum(total).item() / layout.tensor
 
 

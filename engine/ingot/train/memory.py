@@ -48,7 +48,7 @@ class Load:
         """Read a batch."""
         n_rows = len(batch.row_lengths or batch.ids_BT)
         longest = max(batch.row_lengths or (batch.ids_BT.shape[1],))
-        targets = batch.n_targets if batch.class_labels_B is not None else _kept(batch)
+        targets = batch.n_targets if batch.row_labels is not None else _kept(batch)
         return cls(batch.ids_BT.numel(), n_rows, longest, targets)
 
 

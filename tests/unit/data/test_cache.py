@@ -112,7 +112,7 @@ def test_a_second_run_gets_the_same_and_reads_and_tokenizes_nothing(home, tiny_t
         assert list(found.validation) == watched
         assert found.train.lengths.tolist() == [len(row.ids) for row in wanted]
         assert found.train.targets.tolist() == [
-            1 if row.label is not None else sum(row.trainable[1:]) for row in wanted
+            len(row.labels) if row.labels is not None else sum(row.trainable[1:]) for row in wanted
         ]
         assert (found.facts.labels, found.facts.report) == (parts.labels, parts.report)
         assert found.facts.dropped == dropped

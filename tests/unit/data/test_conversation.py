@@ -3,15 +3,9 @@ import re
 
 import pytest
 
-from ingot.data.conversation import (
-    Conversation,
-    Document,
-    Labeled,
-    Message,
-    PromptCompletion,
-    required_columns,
-    to_example,
-)
+from ingot.data.conversation import Conversation, Document, Message, PromptCompletion
+from ingot.data.example import required_columns, to_example
+from ingot.data.labeled import Labeled
 from ingot.data.sources import BadRow, Row
 from ingot.errors import DataError
 from ingot.recipe import Data, Objective
@@ -155,10 +149,13 @@ def test_documents():
 
 def test_required_columns_follow_the_task_and_the_mapping():
     data = Data(train="f", columns={"prompt": "mr", "completion": "ref"}, prompt_template="{area}: {prompt}")
-    assert required_columns(data, "text-generation") == {
+    assert required_columns(data, Objective(task="text-generation")) == {
         "data.columns.prompt": "mr",
         "data.prompt_template": "area",
         "data.columns.completion": "ref",
     }
-    assert required_columns(data, "chat-completion") == {"data.columns.messages": "messages"}
-    assert required_columns(data, "text-classification") == {"data.columns.text": "text", "data.columns.label": "label"}
+    assert required_columns(data, Objective(task="chat-completion")) == {"data.columns.messages": "messages"}
+    assert required_columns(data, Objective(task="text-classification")) == {
+        "data.columns.text": "text",
+        "data.columns.label": "label",
+    }

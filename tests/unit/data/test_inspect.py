@@ -4,8 +4,9 @@ import json
 import pytest
 from rich.console import Console
 
-from ingot.data.conversation import Conversation, Labeled, Message, PromptCompletion
+from ingot.data.conversation import Conversation, Message, PromptCompletion
 from ingot.data.inspect import STYLES, as_dict, render, segments
+from ingot.data.labeled import Labeled
 from ingot.data.template import encode
 from ingot.recipe import Data, Objective
 
@@ -75,7 +76,7 @@ def test_classes_are_shown_with_their_index(tiny_tokenizer):
     row = encode(Labeled("Hello!", "b", "f:1"), tiny_tokenizer, DATA, Objective(task="text-classification"), ("a", "b"))
     out = shown([row], tiny_tokenizer)
     assert "class 1" in out
-    assert "classes seen" in out
+    assert "labels seen" in out
 
 
 def test_plain_values_for_json(chat_row, tiny_tokenizer):

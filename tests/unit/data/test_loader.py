@@ -130,7 +130,10 @@ def test_packs_stay_whole_and_full_microbatches_are_few():
 
 
 def portion_of(lengths: list[int], label: int | None = None) -> Portion:
-    rows = [Encoded([7] * n, [label is None] * n, label, f"r:{number}") for number, n in enumerate(lengths)]
+    rows = [
+        Encoded([7] * n, [label is None] * n, None if label is None else [label], f"r:{number}")
+        for number, n in enumerate(lengths)
+    ]
     return Portion(ListRows(rows), alone(range(len(lengths))), Cursor(0, len(lengths)))
 
 
@@ -153,7 +156,7 @@ def test_a_rank_without_rows_gets_a_muted_one(label):
     for [[row]] in shares[2:]:
         assert len(row.ids) == 5  # the shortest: the least work
         assert not any(row.trainable)
-        assert row.label == (None if label is None else IGNORE)
+        assert row.labels == (None if label is None else [IGNORE])
         assert collate([row], 0).n_targets == 0
     assert sum(collate(part, 0).n_targets for share in shares for part in share) == portion.n_targets
 
@@ -189,7 +192,7 @@ def test_collate_pads_on_the_right_and_does_not_shift():
         [IGNORE, IGNORE, IGNORE, IGNORE],  # trainable, but nothing stands before it
         [IGNORE, IGNORE, IGNORE, 4],
     ]
-    assert batch.class_labels_B is None
+    assert batch.row_labels is None
     assert batch.n_targets == 3
     assert {batch.ids_BT.dtype, batch.attention_BT.dtype, batch.labels_BT.dtype} == {torch.int64}
 
@@ -201,9 +204,9 @@ def test_a_stop_token_that_is_the_pad_token_stays_a_target():
 
 
 def test_collate_of_classes():
-    batch = collate([Encoded([1, 2], [False, False], 3, ""), Encoded([1], [False], 0, "")], 0)
-    assert batch.class_labels_B is not None
-    assert batch.class_labels_B.tolist() == [3, 0]
+    batch = collate([Encoded([1, 2], [False, False], [3], ""), Encoded([1], [False], [0], "")], 0)
+    assert batch.row_labels is not None
+    assert batch.row_labels.tolist() == [3, 0]
     assert batch.n_targets == 2
     assert (batch.labels_BT == IGNORE).all()
 
@@ -236,7 +239,7 @@ def test_a_line_is_filled_up_to_a_multiple_by_one_more_row_without_targets():
 
 
 def test_classes_end_to_end_are_one_a_row():
-    batch = collate([Encoded([1, 2], [False] * 2, 3, ""), Encoded([1], [False], 0, "")], 0, flat=True)
-    assert batch.class_labels_B is not None
-    assert batch.class_labels_B.tolist() == [3, 0]
+    batch = collate([Encoded([1, 2], [False] * 2, [3], ""), Encoded([1], [False], [0], "")], 0, flat=True)
+    assert batch.row_labels is not None
+    assert batch.row_labels.tolist() == [3, 0]
     assert batch.n_targets == 2

@@ -1,12 +1,12 @@
 import pytest
 
-from ingot.data.rows import ListRows, n_targets
+from ingot.data.rows import ListRows
 from ingot.data.template import Encoded
 
 ROWS = [
     Encoded([5, 6, 7], [False, True, True], None, "a"),
     Encoded([8, 9], [True, True], None, "b"),
-    Encoded([9, 9, 9, 4], [False] * 4, 2, "c"),
+    Encoded([9, 9, 9, 4], [False] * 4, [2], "c"),
 ]
 
 
@@ -21,4 +21,4 @@ def test_rows_in_memory():
 
 @pytest.mark.parametrize(("row", "wanted"), list(zip(ROWS, (2, 1, 1), strict=True)))
 def test_targets_are_terms_of_the_loss(row, wanted):
-    assert n_targets(row) == wanted  # nothing stands before a first token; a class is one term, whatever the mask
+    assert row.n_targets == wanted  # nothing stands before a first token; a class is one term, whatever the mask

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from ingot.data.conversation import Document, Labeled
+from ingot.data.conversation import Document
+from ingot.data.labeled import Labeled
 from ingot.data.splits import load_splits, report_from
 from ingot.errors import DataError
 from ingot.recipe import Recipe

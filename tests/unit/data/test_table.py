@@ -13,7 +13,7 @@ def rows(n: int, seed: int = 0) -> list[Encoded]:
         length = draw.randint(1, 30)
         ids = [draw.randrange(2**31 - 1) for _ in range(length)]
         mask = [draw.random() < 0.5 for _ in range(length)]
-        found.append(Encoded(ids, mask, draw.choice([None, 0, 76]), f"rows é.jsonl:{number}"))
+        found.append(Encoded(ids, mask, draw.choice([None, [0], [76, -100]]), f"rows é.jsonl:{number}"))
     return found
 
 
@@ -29,7 +29,7 @@ def test_rows_come_back_as_they_were(tmp_path, is_file, sizes):
     found = ArrowRows.mapped(path) if path else writer.rows()
     assert list(found) == wanted
     assert found.lengths.tolist() == [len(row.ids) for row in wanted]
-    assert found.targets.tolist() == [1 if row.label is not None else sum(row.trainable[1:]) for row in wanted]
+    assert found.targets.tolist() == [row.n_targets for row in wanted]
     assert len(found) == len(wanted)
     if wanted:
         assert type(found[0].ids[0]) is int

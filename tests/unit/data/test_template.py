@@ -4,7 +4,8 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from ingot.data.conversation import Conversation, Document, Labeled, Message, PromptCompletion
+from ingot.data.conversation import Conversation, Document, Message, PromptCompletion
+from ingot.data.labeled import Labeled
 from ingot.data.template import DroppedReport, encode, encode_all, prompt_ids, prompt_text, reference_text, request_of
 from ingot.errors import DataError, ModelError
 from ingot.recipe import Data, Objective
@@ -107,7 +108,7 @@ def test_classification_keeps_the_closing_special_token_when_cut(make_tokenizer)
     rows = [Labeled("Hello! How can I help you today?", "b", "f:1"), Labeled("a", "a", "f:2")]
     short = DATA.model_copy(update={"max_tokens": 5})
     (first, second), report = encode_all(rows, tokenizer, short, CLASSES, ("a", "b"))
-    assert (first.label, second.label) == (1, 0)
+    assert (first.labels, second.labels) == ([1], [0])
     assert len(first.ids) == 5
     assert (first.ids[0], first.ids[-1]) == (1, 2)
     assert not any(first.trainable)

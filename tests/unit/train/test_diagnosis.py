@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ingot.data.loader import collate
+from ingot.data.plan import Divisor
 from ingot.data.template import Encoded
 from ingot.errors import NotFinite
 from ingot.model.adapters import attach_adapter
@@ -90,7 +91,7 @@ def test_bad_row_of_an_embedding_names_the_weight_and_the_one_batch(untied, list
     assert "row:7" in facts["where"]
     assert facts["step"] == len(seen) + 1
     # Loaded again it does it again.
-    loss = OBJECTIVES["language-modeling"](sharded, batch, batch.n_targets, recipe.objective)
+    loss = OBJECTIVES["language-modeling"](sharded, batch, Divisor(batch.n_targets, 1), recipe.objective)
     assert loss.isnan()
     [other] = [p for p in (tmp_path / "run" / "not-finite").iterdir() if p.suffix == ".safetensors"]
     assert str(other) == saved_of(message)
@@ -192,7 +193,7 @@ def test_hooks_are_gone_afterwards(sharded):
 
 @pytest.mark.parametrize("flat", [False, True], ids=["padded", "end to end"])
 def test_saved_batch_is_the_same_batch(tmp_path, flat):
-    rows = [Encoded([5, 6, 7], [False, True, True], 2, "a"), Encoded([8, 9], [False, True], 0, "b")]
+    rows = [Encoded([5, 6, 7], [False, True, True], [2], "a"), Encoded([8, 9], [False, True], [0], "b")]
     batch = collate(rows, 0, flat=flat)
     again = load_batch(save_batch(batch, tmp_path / "deep" / "batch", {"why": "é"}))
     for name, value in vars(batch).items():

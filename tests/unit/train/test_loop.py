@@ -50,7 +50,7 @@ def gradients(sharded, portion, world, budget, recipe, flat=False):
     for rank in range(world):
         for part in batches_of(portion, rank, world, budget, flat=flat, even=False):
             batch = collate(part, 0, flat=flat)
-            sharded.backward(OBJECTIVES["language-modeling"](sharded, batch, portion.n_targets, recipe.objective))
+            sharded.backward(OBJECTIVES["language-modeling"](sharded, batch, portion.divisor, recipe.objective))
     return {name: p.grad.clone() for name, p in sharded.plain.named_parameters()}
 
 
