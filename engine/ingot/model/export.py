@@ -34,7 +34,7 @@ def export_model(
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         save: Any = model.save_pretrained  # nn.Module knows nothing of it; both of our kinds of model have it
         save(partial)
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
         (partial / "ingot.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -45,6 +45,11 @@ def export_model(
             "its checkpoints are untouched: free some disk, then --resume"
         ) from error
     return folder
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer with the chat template that it was trained with."""
+    tokenizer.save_pretrained(folder)
 
 
 def probes(rows: Sequence[Any], device: torch.device) -> list[dict[str, Tensor]]:

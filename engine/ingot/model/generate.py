@@ -61,7 +61,7 @@ class Sampling:
             raise InputError("stop", "a stop string must not be empty")
 
 
-def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_ids(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every end-of-sequence id that generation config, config or tokenizer name. A padding id alone ends nothing."""
     found: set[int] = set()
     for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
