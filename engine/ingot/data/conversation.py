@@ -15,17 +15,24 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # A model may be told nothing, and a tool may return nothing; a question or an answer of no characters is a mistake.
 MAY_BE_EMPTY = ("system", "developer", "tool")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # how rows call it
+TEMPLATE_REASONING = ("reasoning_content", "thinking")  # how templates do: Qwen, GLM, Nemotron, Gemma; gpt-oss, LFM2
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `tool_calls` holds the calls of an assistant's turn with their arguments parsed."""
+    """One turn. `tool_calls` holds the calls of an assistant's turn with their arguments parsed.
+
+    `reasoning` is what the assistant thinks before it answers; `learned` is false where the row switches a turn off.
+    """
 
     role: str
     content: str
     tool_calls: tuple[dict[str, Any], ...] = ()
     name: str | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
+    learned: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """The shape that chat templates expect; keys without a value are left out."""
@@ -36,6 +43,8 @@ class Message:
             shape["name"] = self.name
         if self.tool_call_id is not None:
             shape["tool_call_id"] = self.tool_call_id
+        if self.reasoning is not None:
+            shape |= dict.fromkeys(TEMPLATE_REASONING, self.reasoning)
         return shape
 
     def answer(self) -> str:
@@ -116,6 +125,8 @@ def conversation(row: Row, data: Data) -> Conversation:
         raise Unusable("no assistant turn: nothing to learn")
     if messages[0].role == "assistant":
         raise Unusable("messages[0] is the assistant's: there is nothing to answer")
+    if not any(message.learned for message in messages if message.role == "assistant"):
+        raise Unusable("every assistant turn is switched off (train: false or weight: 0): nothing to learn")
     tools = parsed(row.values.get(data.columns.get("tools", "tools")) or [], "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Unusable("tools must be a list of JSON schemas")
@@ -141,7 +152,29 @@ def _message(turn: Any, index: int) -> Message:
         )
     if not content.strip() and not calls and role not in MAY_BE_EMPTY:
         raise Unusable(f"{name}.content is empty")
-    return Message(role, checked(content, name), calls, turn.get("name"), turn.get("tool_call_id"))
+    reasoning, learned = (_reasoning(turn, name), _learned(turn, name)) if role == "assistant" else (None, True)
+    return Message(role, checked(content, name), calls, turn.get("name"), turn.get("tool_call_id"), reasoning, learned)
+
+
+def _reasoning(turn: Mapping[str, Any], name: str) -> str | None:
+    """The thoughts of an assistant's turn; blank ones are none."""
+    for key in REASONING:
+        value = turn.get(key)
+        if value is not None and not isinstance(value, str):
+            raise Unusable(f"{name}.{key} must be text, this is {type(value).__name__}")
+        if value and value.strip():
+            return checked(value, name)
+    return None
+
+
+def _learned(turn: Mapping[str, Any], name: str) -> bool:
+    """Whether the turn is learned: `train`, or `weight` as in OpenAI's format."""
+    switches = {key: turn[key] for key in ("train", "weight") if turn.get(key) is not None}
+    for key, value in switches.items():
+        if value not in (0, 1):
+            known = "true or false" if key == "train" else "0 or 1"
+            raise Unusable(f"{name}.{key} must be {known}, this is {value!r}")
+    return all(switches.values())
 
 
 def _tool_calls(value: Any, name: str) -> tuple[dict[str, Any], ...]:

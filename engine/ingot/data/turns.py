@@ -1,32 +1,32 @@
 """Which tokens of a chat are the assistant's: ids and mask from the tokenizer's own template, turn by turn.
 
-Two ways lead to the mask. A template with `{% generation %}` marks says it itself. For any other template the turns
+Three ways lead to the mask. A template with `{% generation %}` marks says it itself. For any other template the turns
 are rendered one after the other: what `messages[:i+1]` adds to the generation prompt of `messages[:i]` is what the
-model has to write, provided that each rendering is a prefix of the whole one. Where that cannot be shown, the
-template is refused: a guessed mask trains on the wrong tokens without any sign.
+model has to write, provided that each rendering is a prefix of the whole one. A turn that is rendered otherwise inside
+the whole is looked for by what stands around it (outline.py). Where that cannot be shown either, the template is
+refused: a guessed mask trains on the wrong tokens without any sign.
 
-The turn ends with its stop token (end-of-turn marker or eos), which is learned. Blanks after it are not.
+The turn ends with its stop token (end-of-turn marker or eos), which is learned. Blanks after it are not. Turns that a
+row switches off (`Message.learned`) are read only.
 """
 
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 from ingot.data.conversation import Conversation, Message
-from ingot.errors import DataError, ModelError
+from ingot.data.outline import Outlines, find_turn
+from ingot.data.rendering import FIELD, OWN, Tokenizer, refused, render, require_template, unproved
+from ingot.errors import ModelError
 from ingot.recipe import Objective
 
-Tokenizer = Any  # transformers' fast tokenizer; that package is imported in model/ only
 Masked = tuple[list[int], list[bool]]  # ids and, for each, whether the model learns to write it
 Span = tuple[int, int]  # half open, of tokens or of characters
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PROBE = Conversation((Message("user", "a"), Message("assistant", "b")), where="(probe)")
-_FIELD = "model.chat_template"
-_OWN = "(the tokenizer's)"
+_PROBE = Conversation((Message("user", "zquestion"), Message("assistant", "zanswer")), where="(probe)")
 
 
 @dataclass(frozen=True)
@@ -37,43 +37,42 @@ class _Template:
     train_on: str
     specials: frozenset[int]
     stop_id: int
+    header: str
+    """What the generation prompt adds after a user's turn."""
+    outlines: Outlines
 
 
 def encode_chats(chats: Sequence[Conversation], tokenizer: Tokenizer, objective: Objective) -> list[Masked]:
     """Encode whole conversations, special tokens exactly as the template writes them, none added.
 
-    Raises `ModelError` when the template is missing, cannot be proved right, or ends no turn with a special token;
-    `DataError` when the template refuses a conversation.
+    Raises `ModelError` when the template is missing, cannot be proved right, drops calls or ends no turn with a
+    special token; `DataError` when the template refuses a conversation.
     """
-    require_template(tokenizer)
-    specials = special_ids(tokenizer)
-    template = _Template(tokenizer, objective.train_on, specials, _stop_id(tokenizer, specials))
+    template = _learn(tokenizer, objective.train_on)
+    for chat in chats:
+        _require_calls(chat, template)
     results: list[Masked | None] = []
     for tools, group in groupby(chats, key=lambda chat: chat.tools):
         same_tools = list(group)
         marked = _GENERATION_MARK.search(tokenizer.get_chat_template(tools=list(tools) or None)) is not None
         results += _by_marks(same_tools, template) if marked else [None] * len(same_tools)
     rest = [index for index, result in enumerate(results) if result is None]
-    for index, masked in zip(rest, _by_prefixes([chats[index] for index in rest], template), strict=True):
+    for index, masked in zip(rest, _by_renderings([chats[index] for index in rest], template), strict=True):
         results[index] = masked
     return [result for result in results if result is not None]
 
 
-def require_template(tokenizer: Tokenizer) -> None:
-    """Raise `ModelError` for a tokenizer without a chat template."""
-    if not tokenizer.chat_template:
-        fix = "the tokenizer has no chat template; set model.chat_template to a file, or use task text-generation"
-        raise ModelError(_FIELD, None, fix)
-
-
-def render(chat: Conversation, tokenizer: Tokenizer, end: int, *, prompt: bool = False) -> str:
-    """Text of the first `end` turns; `prompt` adds what opens the assistant's next turn."""
-    messages = [message.as_dict() for message in chat.messages[:end]]
-    tools = list(chat.tools) or None
-    try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
-    except Exception as error:  # templates raise jinja2 errors, and whatever their expressions raise
-        raise _refused(error, chat) from error
+def _learn(tokenizer: Tokenizer, train_on: str) -> _Template:
+    require_template(tokenizer)
+    specials = special_ids(tokenizer)
+    texts = tuple(sorted(tokenizer.convert_ids_to_tokens(sorted(specials))))
+    text = render(_PROBE, tokenizer, 2)
+    if any(message.content not in text for message in _PROBE.messages):
+        fix = "the chat template does not write what turns say; it may want lists of parts: set one for texts"
+        raise ModelError(FIELD, text[-40:], fix)
+    asked, told = render(_PROBE, tokenizer, 1, prompt=True), render(_PROBE, tokenizer, 1)
+    header = asked.removeprefix(told) if asked.startswith(told) else ""
+    return _Template(tokenizer, train_on, specials, _stop_id(text, tokenizer, specials), header, Outlines(texts))
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
@@ -112,7 +111,7 @@ def _by_marks(chats: Sequence[Conversation], template: _Template) -> list[Masked
     except Exception as error:
         for chat in chats:  # names the row that is refused
             render(chat, tokenizer, len(chat.messages))
-        raise _refused(error, chats[0]) from error
+        raise refused(error, chats[0]) from error
     columns = (encoded["input_ids"], encoded["assistant_masks"], encoded["offset_mapping"])
     results: list[Masked | None] = []
     for chat, ids, marks, offsets in zip(chats, *columns, strict=True):
@@ -120,19 +119,29 @@ def _by_marks(chats: Sequence[Conversation], template: _Template) -> list[Masked
         n_turns = sum(message.role == "assistant" for message in chat.messages)
         # Where the first or last marked character has no token of its own (a space trimmed from the offsets),
         # transformers leaves out this turn and all later ones, or marks all up to the end, the user's turns too.
-        is_broken = len(runs) < n_turns or any(_runs_over(ids[start:end], template) for start, end in runs)
-        if not is_broken and template.train_on == "last-assistant":
-            start = first_token(offsets, _last_turn_start(chat, tokenizer))
-            runs = [run for run in runs if run[0] >= start]
-        if is_broken or not runs:
+        if len(runs) < n_turns or any(_runs_over(ids[start:end], template) for start, end in runs):
             results.append(None)
             continue
-        results.append(_closed(ids, runs, template, chat))
+        wanted = _wanted(runs, offsets, chat, template)
+        results.append(_closed(ids, wanted, template, chat))
     return results
 
 
-def _by_prefixes(chats: Sequence[Conversation], template: _Template) -> list[Masked]:
-    """Masks from rendering turn by turn; `ModelError` where a rendering is not a prefix of the next."""
+def _wanted(runs: list[Span], offsets: Sequence[Span], chat: Conversation, template: _Template) -> list[Span]:
+    """Those of the marked `runs` that are to be learned."""
+    turns = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
+    learned = _learned_turns(chat, template)
+    if learned == turns:
+        return runs
+    if len(runs) == len(turns):
+        return [run for run, index in zip(runs, turns, strict=True) if index in learned]
+    whole = render(chat, template.tokenizer, len(chat.messages))
+    spans = [_tokens(_turn(chat, template, index, whole), offsets) for index in learned]
+    return [run for run in runs if any(start <= run[0] < end for start, end in spans)]
+
+
+def _by_renderings(chats: Sequence[Conversation], template: _Template) -> list[Masked]:
+    """Masks from rendering turn by turn; `ModelError` where a turn is not proved."""
     if not chats:
         return []
     tokenizer = template.tokenizer
@@ -140,36 +149,45 @@ def _by_prefixes(chats: Sequence[Conversation], template: _Template) -> list[Mas
     for chat in chats:
         whole = render(chat, tokenizer, len(chat.messages))
         texts.append(whole)
-        spans.append([_turn(chat, tokenizer, index, whole) for index in _learned_turns(chat, template)])
+        spans.append([_turn(chat, template, index, whole) for index in _learned_turns(chat, template)])
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     columns = (encoded["input_ids"], encoded["offset_mapping"])
     results = []
     for chat, turns, ids, offsets in zip(chats, spans, *columns, strict=True):
-        runs = [(first_token(offsets, start), first_token(offsets, end)) for start, end in turns]
-        results.append(_closed(ids, runs, template, chat))
+        results.append(_closed(ids, [_tokens(turn, offsets) for turn in turns], template, chat))
     return results
 
 
 def _learned_turns(chat: Conversation, template: _Template) -> list[int]:
+    turns = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
     if template.train_on == "last-assistant":
-        return [chat.last_assistant]
-    return [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
+        turns = turns[-1:]
+    return [index for index in turns if chat.messages[index].learned]
 
 
-def _turn(chat: Conversation, tokenizer: Tokenizer, index: int, whole: str) -> Span:
+def _turn(chat: Conversation, template: _Template, index: int, whole: str) -> Span:
     """Characters of `whole` that the assistant writes in turn `index`, its end-of-turn marker included."""
-    before = render(chat, tokenizer, index, prompt=True)
-    after = whole if index + 1 == len(chat.messages) else render(chat, tokenizer, index + 1)
+    tokenizer = template.tokenizer
+    span = _turn_of_prefixes(chat, template, index, whole)
+    span = span or find_turn(chat, tokenizer, index, whole, template.outlines)
+    if span is None:
+        raise unproved(chat, index)
+    return span
+
+
+def _turn_of_prefixes(chat: Conversation, template: _Template, index: int, whole: str) -> Span | None:
+    """The turn's characters where the renderings before and after it are prefixes of `whole`."""
+    before = render(chat, template.tokenizer, index, prompt=True)
+    if not whole.startswith(before):
+        return None
+    after = whole if index + 1 == len(chat.messages) else render(chat, template.tokenizer, index + 1)
     if not (after.startswith(before) and whole.startswith(after)):
-        raise _unproved(chat, index)
-    return len(before), len(after)
-
-
-def _last_turn_start(chat: Conversation, tokenizer: Tokenizer) -> int:
-    before = render(chat, tokenizer, chat.last_assistant, prompt=True)
-    if not render(chat, tokenizer, len(chat.messages)).startswith(before):
-        raise _unproved(chat, chat.last_assistant)
-    return len(before)
+        return None
+    start, header = len(before), template.header
+    # Gemma 4 and its kin ask without a header after a tool's reply, but write one into the conversation.
+    if header and after.startswith(header, start) and not before.endswith(header):
+        start += len(header)
+    return start, len(after)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------
@@ -193,9 +211,12 @@ def _is_blank(token_id: int, tokenizer: Tokenizer) -> bool:
     return not tokenizer.decode([token_id]).strip()
 
 
-def _stop_id(tokenizer: Tokenizer, specials: frozenset[int]) -> int:
-    """The special token that the template puts at the end of the assistant's turn; `ModelError` when there is none."""
-    text = render(_PROBE, tokenizer, 2)
+def _tokens(span: Span, offsets: Sequence[Span]) -> Span:
+    return first_token(offsets, span[0]), first_token(offsets, span[1])
+
+
+def _stop_id(text: str, tokenizer: Tokenizer, specials: frozenset[int]) -> int:
+    """The special token that ends `text`, a question and its answer; `ModelError` when there is none."""
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     while ids and _is_blank(ids[-1], tokenizer):
         ids.pop()
@@ -204,7 +225,7 @@ def _stop_id(tokenizer: Tokenizer, specials: frozenset[int]) -> int:
             "the chat template does not end the assistant's turn with a special token, so the model would never learn "
             "to stop; write eos_token (or an end-of-turn token that the tokenizer holds as special) after the content"
         )
-        raise ModelError(_FIELD, text[-40:], fix)
+        raise ModelError(FIELD, text[-40:], fix)
     return int(ids[-1])
 
 
@@ -230,24 +251,29 @@ def _closed(ids: list[int], runs: list[Span], template: _Template, chat: Convers
             if last == len(ids) or ids[last] != template.stop_id:
                 token = template.tokenizer.convert_ids_to_tokens(template.stop_id)
                 fix = f"a turn of the assistant is not ended by {token!r} here, so the model would not learn to stop"
-                raise ModelError(_FIELD, _OWN, fix, where=chat.where)
+                raise ModelError(FIELD, OWN, fix, where=chat.where)
         trainable[start : last + 1] = [True] * (last + 1 - start)
     return ids, trainable
 
 
-# --- errors ----------------------------------------------------------------------------------------------------
-
-
-def _refused(error: Exception, chat: Conversation) -> DataError:
-    roles = ", ".join(message.role for message in chat.messages)
-    fix = f"the chat template refuses this conversation ({roles}): {error}; mend the row or set {_FIELD}"
-    return DataError("messages", f"{len(chat.messages)} turns", fix, where=chat.where)
-
-
-def _unproved(chat: Conversation, index: int) -> ModelError:
-    fix = (
-        f"turn {index} is not rendered the same inside the whole conversation, so it cannot be proved which tokens are "
-        "the assistant's; put {% generation %} marks around them in the template, or, where only the last turn stays "
-        "as it is, set objective.train_on: last-assistant"
-    )
-    return ModelError(_FIELD, _OWN, fix, where=chat.where)
+def _require_calls(chat: Conversation, template: _Template) -> None:
+    """Raise `ModelError` where the template leaves out a call of a turn that is learned."""
+    turns = list(chat.messages)
+    names: dict[str, str] = {}
+    for index in _learned_turns(chat, template):
+        calls = []
+        for call in turns[index].tool_calls:
+            name = f"zqCall{len(names)}qz"
+            names[name] = call["function"]["name"]
+            calls.append({**call, "function": {**call["function"], "name": name}})
+        turns[index] = replace(turns[index], tool_calls=tuple(calls))
+    if not names:
+        return
+    text = render(replace(chat, messages=tuple(turns)), template.tokenizer, len(turns))
+    for marker, name in names.items():
+        if marker not in text:
+            fix = (
+                f"the chat template does not write the assistant's call of {name!r}, so the model would not learn to "
+                f"call; set {FIELD} to one that writes tool_calls, or write the calls into the content"
+            )
+            raise ModelError(FIELD, OWN, fix, where=chat.where)
