@@ -40,6 +40,36 @@ def test_messages_in_both_known_shapes():
     assert read({"messages": [QUESTION, ANSWER]}, CHAT).where == "f:7"
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_reaches_templates_under_the_names_they_use(key):
+    example = read({"messages": [{**QUESTION, key: "no"}, {**ANSWER, key: "2 and 2."}]}, CHAT)
+    assert example.messages[1].reasoning == "2 and 2."
+    assert example.messages[1].as_dict() == {**ANSWER, "reasoning_content": "2 and 2.", "thinking": "2 and 2."}
+    assert example.messages[0].as_dict() == QUESTION
+    assert read({"messages": [QUESTION, {**ANSWER, key: " "}]}, CHAT).messages[1].as_dict() == ANSWER
+    assert f"messages[1].{key} must be text" in reason({"messages": [QUESTION, {**ANSWER, key: ["a"]}]}, CHAT)
+
+
+@pytest.mark.parametrize(
+    ("switch", "learned"),
+    [({"train": False}, False), ({"weight": 0}, False), ({"train": True}, True), ({"weight": 1}, True), ({}, True)],
+)
+def test_turns_can_be_switched_off(switch, learned):
+    turns = [QUESTION, {**ANSWER, **switch}, QUESTION, ANSWER]
+    example = read({"messages": turns}, CHAT)
+    assert [turn.learned for turn in example.messages] == [True, learned, True, True]
+    assert example.messages[1].as_dict() == ANSWER
+    alone = read({"messages": turns[:2]}, CHAT)
+    assert isinstance(alone, Conversation) == learned
+    assert learned or "switched off" in alone.reason
+
+
+@pytest.mark.parametrize("switch", [{"train": "no"}, {"weight": 0.5}, {"weight": [0]}])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(switch):
+    found = reason({"messages": [QUESTION, {**ANSWER, **switch}]}, CHAT)
+    assert f"messages[1].{next(iter(switch))} must be" in found
+
+
 @pytest.mark.parametrize("arguments", [{"a": 2}, '{"a": 2}'])
 def test_tool_calls_and_tools(arguments):
     call = {**CALL, "function": {"name": "add", "arguments": arguments}}

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer
@@ -162,6 +163,38 @@ def test_a_template_whose_turns_change_is_refused_unless_the_last_alone_is_learn
     assert "last-assistant" in str(caught.value)
     assert caught.value.where == "f:1"
     assert turns_of(encode(conversation, tokenizer, DATA, LAST, ()), tokenizer) == ["done<|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", ["marked", "plain"])
+@pytest.mark.parametrize("objective", [ALL, LAST])
+def test_a_turn_that_is_switched_off_is_not_learned(kind, objective, tiny_tokenizer, plain_tokenizer):
+    tokenizer = tiny_tokenizer if kind == "marked" else plain_tokenizer
+    for name in ("many turns", "two in a row", "tools"):
+        turns = CHATS[name].messages
+        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        for off in answers:
+            kept = [index for index in (answers if objective == ALL else answers[-1:]) if index != off]
+            switched = tuple(replace(turn, learned=index != off) for index, turn in enumerate(turns))
+            row = encode(replace(CHATS[name], messages=switched), tokenizer, DATA, objective, ())
+            assert row.ids == encode(CHATS[name], tokenizer, DATA, ALL, ()).ids
+            assert turns_of(row, tokenizer) == [content(turns[index]) + "<|im_end|>" for index in kept]
+
+
+@pytest.mark.parametrize("kind", ["marked", "plain"])
+def test_a_template_that_leaves_out_calls_is_refused(kind, make_tokenizer, marked_template, plain_template):
+    template = marked_template if kind == "marked" else plain_template
+    tokenizer = make_tokenizer(re.sub(r"{% for call.*?{% endfor %}", "", template, count=1))
+    with pytest.raises(ModelError, match="does not write the assistant's call of 'book'"):
+        encode(CHATS["tools"], tokenizer, DATA, ALL, ())
+    # A turn that is not learned may lose its call.
+    encode(CHATS["tools"], tokenizer, DATA, LAST, ())
+
+
+def test_a_template_that_reads_parts_is_refused(make_tokenizer, plain_template):
+    parts = "{% for part in message.content %}{{ part.text }}{% endfor %}"
+    tokenizer = make_tokenizer(plain_template.replace("{{ message.content }}", parts))
+    with pytest.raises(ModelError, match="does not write what turns say"):
+        encode(CHATS["one turn"], tokenizer, DATA, ALL, ())
 
 
 def test_a_template_whose_prompt_is_not_how_turns_begin_is_refused(make_tokenizer, plain_template):
