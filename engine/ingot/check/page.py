@@ -1,0 +1,151 @@
+"""The gate's report as one HTML file: nothing is loaded from elsewhere, no script runs, rows are escaped.
+
+Sizes here are shares of a picture's width or height; the template turns them into SVG.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .verdict import Report, Status
+
+BINS = 32
+TICKS = 4
+TEMPLATE = "report.html.jinja"
+SYMBOLS = {Status.passed: "✓", Status.failed: "✗", Status.waived: "!", Status.not_applicable: "–"}
+# What a browser would drop or obey is drawn as a picture of it (Unicode's block of control pictures).
+VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+# Marks that turn the direction of text around would reorder the page: rows are shown in the order of their tokens.
+VISIBLE |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+
+
+def render(report: Report) -> str:
+    """The whole page as text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # rows, names and reasons are users' data
+        undefined=StrictUndefined,
+        finalize=lambda value: f"{value:.2f}" if isinstance(value, float) else value,  # places in pictures
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"commas": "{:,}".format, "fact": _fact, "lines": _lines, "duration": duration}
+    evidence, statuses = report.evidence, [verdict.status for verdict in report.verdicts]
+    return environment.get_template(TEMPLATE).render(
+        report=report,
+        headline=headline(report),
+        symbols=SYMBOLS,
+        tally=[(status, statuses.count(status)) for status in Status if status in statuses],
+        waived=[verdict for verdict in report.verdicts if verdict.status is Status.waived],
+        histogram=histogram(evidence.trainable),
+        packing=packing(evidence.packs, evidence.pack_tokens),
+    )
+
+
+def headline(report: Report) -> str:
+    """How it ended, in a few words."""
+    failed, waived = len(report.failures), sum(verdict.status is Status.waived for verdict in report.verdicts)
+    if failed:
+        return f"{failed} proof{'s' if failed > 1 else ''} failed"
+    return f"Passed, {waived} waived" if waived else "Passed"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def histogram(counts: Sequence[int]) -> dict[str, Any] | None:
+    """Bars over the trainable tokens of each row, with marks; None without rows.
+
+    The axis begins at 0 unless all rows are in its upper half. An integer n stands at the middle of [n, n + 1).
+    """
+    if not counts:
+        return None
+    values = np.asarray(counts)
+    low, high = int(values.min()), int(values.max())
+    start = 0 if low <= high // 2 else low
+    width = max(1, math.ceil((high - start + 1) / BINS))
+    n_bins = math.ceil((high - start + 1) / width)
+    span = n_bins * width
+    found = np.bincount((values - start) // width, minlength=n_bins).tolist()
+    zeros = int((values == 0).sum())
+    # As the proof `trainable-tokens` measures them.
+    marks = [
+        ("minimum", low),
+        ("5th percentile", float(np.percentile(values, 5))),
+        ("median", float(np.median(values))),
+    ]
+    y_ticks = ticks(0, max(found))
+    bars = [
+        {
+            "x": i / n_bins,
+            "width": 1 / n_bins,
+            "height": n / max(found),
+            "rows": n,
+            "first": start + i * width,
+            "last": start + (i + 1) * width - 1,
+            "empty": bool(zeros and i == 0),
+        }
+        for i, n in enumerate(found)
+    ]
+    return {
+        "bars": [bar for bar in bars if bar["rows"]],
+        "marks": [{"name": name, "value": f"{value:,g}", "x": (value + 0.5 - start) / span} for name, value in marks],
+        "x_ticks": [(tick, (tick + 0.5 - start) / span) for tick in ticks(start, start + span - 1)],
+        "y_ticks": [(tick, tick / max(found)) for tick in y_ticks],
+        "rows": len(counts),
+        "zeros": zeros,
+        "maximum": high,
+    }
+
+
+def packing(packs: Sequence[Sequence[int]], capacity: int) -> dict[str, Any] | None:
+    """A stacked bar for each pack; None without packs. `capacity`: tokens that one may hold, 0 if there is no limit."""
+    if not packs:
+        return None
+    used = [sum(pack) for pack in packs]
+    full = max(capacity, *used)
+    bars = []
+    for pack, total in zip(packs, used, strict=True):
+        starts = np.cumsum([0, *pack[:-1]]).tolist()
+        rows = [{"x": at / full, "width": n / full, "tokens": n} for at, n in zip(starts, pack, strict=True)]
+        bars.append({"rows": rows, "tokens": total, "end": total / full})
+    shares = [total / (capacity or full) for total in used]
+    return {
+        "bars": bars,
+        "capacity": capacity or full,
+        "limit": (capacity or full) / full,
+        "x_ticks": [(tick, tick / full) for tick in ticks(0, full)],
+        "average": sum(shares) / len(shares),
+        "emptiest": min(shares),
+        "rows": sum(map(len, packs)),
+    }
+
+
+def ticks(low: int, high: int) -> list[int]:
+    """About TICKS round numbers from `low` to `high`, at least one apart."""
+    rough = max(1.0, (high - low) / TICKS)
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(int(factor * power) for factor in (1, 2, 5, 10) if factor * power >= rough)
+    return list(range(math.ceil(low / step) * step, high + 1, step))
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, indent=1 if isinstance(value, Mapping) else None, default=str)
+
+
+def _lines(text: str) -> list[str]:
+    """`text` line by line, what cannot be seen made visible."""
+    return text.translate(VISIBLE).split("\n")
