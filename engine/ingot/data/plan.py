@@ -3,6 +3,7 @@
 So the same rows meet in the same step on one rank and on eight, and a resumed run goes on with the very row it left.
 """
 
+import copy
 import math
 import random
 from bisect import bisect_right
@@ -130,6 +131,12 @@ class PlannedFeed:
         self._held: tuple[int, EpochPlan] | None = None
         self._counts: dict[int, int] = {}
         self.steps = train.max_steps or self._steps_of_epochs(train.epochs)
+
+    def over(self, rows: EncodedRows) -> "PlannedFeed":
+        """The same portions of `rows`, which are as long as its own."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
 
     def epoch(self, epoch: int) -> EpochPlan:
         """Every optimizer step of a whole epoch."""

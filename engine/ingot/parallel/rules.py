@@ -11,7 +11,7 @@ from ingot.recipe import CAUSAL, Recipe
 
 STRATEGIES = ("none", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 ZERO = ("zero1", "zero2", "zero3")
-WHOLE_ROWS = ("text-classification", "multi-label-classification", "reward", "dpo")
+WHOLE_ROWS = ("text-classification", "multi-label-classification", "reward", "dpo", "orpo")
 LINES = ("padding-free", "packed")
 
 

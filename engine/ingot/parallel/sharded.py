@@ -24,11 +24,13 @@ class Sharded:
 
     `plain` is the model itself; `wrapped` is what forward calls. `even`: every rank must run as many forward passes as
     every other, with gradients or without, because parameters travel in them. `whole`: this rank's `plain` holds whole
-    tensors; otherwise the model is built anew from a checkpoint when it is exported.
+    tensors; otherwise the model is built anew from a checkpoint when it is exported. `teacher`: a frozen model that
+    distillation asks, whole on every rank.
     """
 
     even = False
     whole = True
+    teacher: nn.Module | None = None
 
     def __init__(
         self,

@@ -1,18 +1,20 @@
 """Data sets that this package writes itself, from a seed: the same rows on every machine, in every process.
 
-`tool-calls`: a request in words -> a JSON tool call, split by sentence pattern. `nano-copying` and `nano-corpus`: short
-dialogues that `ingot://nano` is pretrained on, in this order.
+`tool-calls`: a request in words -> a JSON tool call, split by sentence pattern. `tool-preferences`: the same, with a
+wrong call beside the right one. `nano-copying` and `nano-corpus`: short dialogues that `ingot://nano` is pretrained on,
+in this order.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from ingot.data.synthetic import corpus, tool_calls
+from ingot.data.synthetic import corpus, preferences, tool_calls
 from ingot.errors import DataError
 from ingot.registry import nearest
 
 _SETS = {
     "tool-calls": (tool_calls.SIZES, tool_calls.rows),
+    "tool-preferences": (preferences.SIZES, preferences.rows),
     "nano-copying": (corpus.COPYING_SIZES, corpus.copying_rows),
     "nano-corpus": (corpus.SIZES, corpus.rows),
 }
