@@ -18,6 +18,8 @@ from ingot.model.source import model_folder
 from ingot.progress import Progress
 from ingot.ranks import read_ranks
 from ingot.recipe import Recipe
+from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
+from ingot.train.distillation import check_teacher
 from ingot.train.loop import Rows
 
 # Tasks whose models the package and the endpoint can ask.
@@ -112,10 +114,12 @@ def _mixture(facts: cache.Facts, recipe: Recipe) -> Iterator[str]:
 def preflight(recipe: Recipe, home: Path, prepared: Prepared, progress: Progress) -> None:
     """Everything about the later stages that can be known to fail before training is paid for."""
     model_folder(recipe.model, home, weights=recipe.model.initialization == "pretrained")
+    check_teacher(recipe, home, prepared.tokenizer)
     for stage in ("package", "serve"):
         if getattr(recipe, stage).enabled and recipe.objective.task not in SERVED:
             fix = f"models for {recipe.objective.task} are trained and measured, but not packaged; set it to false"
             raise RecipeError(f"{stage}.enabled", True, fix)
+    _check_reach(recipe, home)
     if recipe.evaluate.enabled:
         questions, context = choose(prepared.facts.questions, recipe), context_length(recipe.model, home)
         for asked in questions:
@@ -130,3 +134,16 @@ def preflight(recipe: Recipe, home: Path, prepared: Prepared, progress: Progress
             else "is too small to see any"
         )
         progress.note(f"evaluate: a paired test on {len(items):,} rows {seen} (80 % power, models disagreeing on 20 %)")
+
+
+def _check_reach(recipe: Recipe, home: Path) -> None:
+    """Whether an encoder-decoder's positions reach as far as source, target and what is written when it is measured."""
+    limit = context_length(recipe.model, home)
+    if recipe.objective.task not in SEQUENCE_TO_SEQUENCE or limit is None:
+        return
+    lengths = {"data.max_tokens": recipe.data.max_tokens, "data.max_target_tokens": recipe.data.max_target_tokens}
+    if recipe.evaluate.enabled:
+        lengths["evaluate.max_new_tokens"] = recipe.evaluate.max_new_tokens
+    for name, length in lengths.items():
+        if length > limit:
+            raise RecipeError(name, length, f"the model's positions reach {limit}; use at most that")

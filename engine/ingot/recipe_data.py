@@ -148,8 +148,8 @@ class Objective(Section):
     train_on: Literal["all-assistant", "last-assistant"] = "all-assistant"
     """chat-completion: which assistant turns are learned. A turn with `"train": false` never is."""
     label_smoothing: Share = 0.0
-    """Share of the probability mass spread evenly over all classes (Szegedy et al. 2016, section 7). dpo: the share of
-    pairs that are thought to be the wrong way round (Mitchell 2023)."""
+    """Share of the probability mass spread evenly over all classes (Szegedy et al. 2016, section 7). dpo,
+    reward: the share of pairs that are thought to be the wrong way round (Mitchell 2023)."""
     beta: float = Field(default=0.1, gt=0)
     """dpo: weight of staying near the starting model. orpo: weight of the odds ratio beside the likelihood."""
     teacher: str | None = None
@@ -177,6 +177,8 @@ class Objective(Section):
             raise ValueError(f"method {self.method} is for {', '.join(CAUSAL)}, and task is {self.task}")
         if self.method in PREFERENCE_METHODS and self.task == "language-modeling":
             raise ValueError(f"method {self.method} needs a prompt; use task chat-completion or text-generation")
+        if self.method == "orpo" and self.label_smoothing:
+            raise ValueError("method orpo has no label_smoothing; remove it, or use dpo")
         if (self.teacher is None) == (self.method == "distillation"):
             what = "needs teacher: a model" if self.teacher is None else "has no teacher; remove it"
             raise ValueError(f"method {self.method} {what}")

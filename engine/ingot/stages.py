@@ -17,7 +17,6 @@ from ingot.errors import DataError
 from ingot.evaluation import plots
 from ingot.evaluation.measure import choose, measure
 from ingot.evaluation.runner import Evaluation
-from ingot.model.lines import settle
 from ingot.model.load import (
     POOLED,
     Tokenizer,
@@ -39,8 +38,10 @@ from ingot.serving.server import Endpoint
 from ingot.track import Tracker, read_metrics
 from ingot.train import profile
 from ingot.train.checkpoint import Checkpoints, published
+from ingot.train.distillation import settled
 from ingot.train.loop import Fitted, StepInfo, fit
 from ingot.train.meter import Meter
+from ingot.train.reference import with_reference
 
 
 def resolve(
@@ -54,7 +55,7 @@ def resolve(
     be decided as usual, and why.
     """
     dtype = resolve_dtype(recipe.model.dtype, device)
-    batches, attention, notes = settle(recipe, home, device, dtype)
+    batches, attention, notes = settled(recipe, home, device, dtype)
     for note in notes:
         notify(note)
     model: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "attention": attention}
@@ -107,6 +108,15 @@ def train(
     watched = profile.recorded(
         recipe.diagnose, run.folder / "profile", sharded.layout.ranks.rank, sharded.device, progress.note
     )
+    rows = with_reference(
+        sharded,
+        prepared.rows,
+        recipe,
+        run.folder,
+        progress,
+        begun=bool(begun),
+        alive=lambda: heartbeat.at(0, "reference"),
+    )
     with progress.stage("finetune", total=prepared.rows.train.steps, unit="steps") as bar, watched as looks:
 
         def here(phase: str) -> None:
@@ -133,7 +143,7 @@ def train(
         meter.on_phase = here
         fitted = fit(
             sharded,
-            prepared.rows,
+            rows,
             recipe,
             checkpoints,
             resume=resume,

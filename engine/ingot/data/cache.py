@@ -51,7 +51,7 @@ HEAD_START_SECONDS = 5.0
 # What of the data section decides which rows there are and how they are encoded.
 SETTINGS = (
     "columns", "prompt_template", "validation_share", "test_share", "split_seed", "max_train_rows", "max_tokens",
-    "max_bad_rows", "streaming",
+    "max_target_tokens", "overlap_tokens", "max_bad_rows", "streaming",
 )  # fmt: skip
 
 
@@ -137,6 +137,8 @@ def key_of(recipe: Recipe, home: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         },
         "data": settings,
         "task": recipe.objective.task,
+        "kind": recipe.objective.rows,
+        "mask_share": recipe.objective.mask_share if recipe.objective.task == "fill-mask" else None,
         "train_on": recipe.objective.train_on,
         "chat_template": _digest(tokenizer.chat_template),
         "tokenizer": _digest(_tokenizer_state(tokenizer)),
@@ -298,7 +300,7 @@ class _Encoder:
 
     def __init__(self, folder: Path | None, found: Scan, recipe: Recipe, tokenizer: Tokenizer, bar: Bar) -> None:
         self._settings = (tokenizer, recipe.data, recipe.objective, found.labels)
-        self._generates = recipe.objective.task in ("chat-completion", "text-generation")
+        self._generates = recipe.objective.rows in ("chat-completion", "text-generation")
         self._bar = bar
         self._pending: dict[str, tuple[int, list[Example]]] = {}  # part -> number of the reading, its rows
         self.writers = {

@@ -88,6 +88,8 @@ def prompt_ids(example: Example, tokenizer: Tokenizer, data: Data, objective: Ob
     Chat: all before the last assistant turn, with the generation prompt. text-generation: the prompt up to the joint.
     Classification: the text with its special tokens. A document has no prompt: `DataError`.
     """
+    if isinstance(example, Preference):
+        example = example.chosen
     if isinstance(example, Conversation):
         require_template(tokenizer)
         text = render(example, tokenizer, example.last_assistant, prompt=True)

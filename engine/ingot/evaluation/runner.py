@@ -127,6 +127,19 @@ def evaluate_likelihoods(
     return _finished(name, items, [""] * len(items), statistics, section, started)
 
 
+def evaluate_statistics(
+    name: str,
+    items: Sequence[Item],
+    predictions: Sequence[str],
+    statistics: dict[str, Statistic],
+    section: Evaluate,
+    started: float,
+) -> Evaluation:
+    """Scores of metrics that were computed already. `predictions`: what people read as the model's answers."""
+    _require_rows(items)
+    return _finished(name, items, predictions, statistics, section, started)
+
+
 def _require_rows(items: Sequence[Item]) -> None:
     if not items:
         raise IngotError("there is no test row to measure on: name data.test, or raise data.test_share")

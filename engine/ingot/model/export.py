@@ -52,14 +52,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def probes(rows: Sequence[Any], device: torch.device) -> list[dict[str, Tensor]]:
-    """Single rows (`ids` each) as forward arguments, for comparing a model before and after merging. No padding:
-    ids_1T.
+def probes(rows: Sequence[Any], device: torch.device, *, decoder: bool = False) -> list[dict[str, Tensor]]:
+    """Single rows (`ids` each; of several parts the first) as forward arguments, for comparing a model before and after
+    merging. No padding: ids_1T. `decoder`: the second part is what an encoder-decoder's decoder reads.
     """
-    return [
+    texts = [row.ids[: row.parts[0]] if row.parts else row.ids for row in rows]
+    found = [
         {
-            "input_ids": torch.tensor([row.ids], device=device),
-            "attention_mask": torch.ones(1, len(row.ids), dtype=torch.long, device=device),
+            "input_ids": torch.tensor([ids], device=device),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.long, device=device),
         }
-        for row in rows
+        for ids in texts
     ]
+    if decoder:
+        for probe, row in zip(found, rows, strict=True):
+            probe["decoder_input_ids"] = torch.tensor([row.ids[row.parts[0] :]], device=device)
+    return found
