@@ -63,7 +63,10 @@ setup(
         *find_namespace_packages("kernels", include=["ingot_kernels", "ingot_kernels.*"]),
     ],
     package_dir={"ingot": "engine/ingot", "ingot_kernels": "kernels/ingot_kernels"},
-    package_data={"ingot": ["py.typed", "catalog/nano/*", "check/*.jinja"], "ingot_kernels": ["py.typed"]},
+    package_data={
+        "ingot": ["py.typed", "catalog/nano/*", "catalog/nano-t5/*", "check/*.jinja"],
+        "ingot_kernels": ["py.typed"],
+    },
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ingot=ingot.cli:main"]},

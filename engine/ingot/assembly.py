@@ -20,6 +20,7 @@ from ingot.preparation import QUIET, Prepared
 from ingot.progress import Progress
 from ingot.ranks import Ranks, pick_device, read_ranks
 from ingot.recipe import Parallel, Recipe
+from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
 from ingot.runfolder import Run
 from ingot.train.loop import Fitted
 from ingot.train.shards import Written
@@ -144,7 +145,9 @@ def export(
         adapters.save_adapter(model, run.adapter, recipe.model.source.removeprefix("hf://"))
         watched = prepared.rows.validation if len(prepared.rows.validation) else prepared.rows.train.rows
         rows = [watched[index] for index in range(min(4, len(watched)))]
-        model, facts["merge_difference"] = adapters.merge(model, probes(rows, next(model.parameters()).device))
+        decoder = recipe.objective.task in SEQUENCE_TO_SEQUENCE
+        probed = probes(rows, next(model.parameters()).device, decoder=decoder)
+        model, facts["merge_difference"] = adapters.merge(model, probed)
     # As in training: a model rebuilt in CPU memory beside a GPU is exported in the GPU's type.
     dtype = resolve_dtype(recipe.model.dtype, pick_device(read_ranks()))
     described = {

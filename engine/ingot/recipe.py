@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ingot.recipe_data import CAUSAL as CAUSAL
-from ingot.recipe_data import COLUMNS, OPTIONAL_COLUMNS, Positive, Section, Share
+from ingot.recipe_data import COLUMNS, OPTIONAL_COLUMNS, SEQUENCE_TO_SEQUENCE, Positive, Section, Share
 from ingot.recipe_data import ONE as ONE
 from ingot.recipe_data import SEVERAL as SEVERAL
 from ingot.recipe_data import Data as Data
@@ -282,6 +282,12 @@ class Recipe(Section):
                 f"train.tokens_per_microbatch = {train.tokens_per_microbatch} cannot hold one row of data.max_tokens = "
                 f"{data.max_tokens} tokens; raise the first or lower the second"
             )
+        writes_anew = self.objective.task in SEQUENCE_TO_SEQUENCE
+        if writes_anew and train.tokens_per_microbatch < data.max_tokens + data.max_target_tokens:
+            raise ValueError(
+                f"train.tokens_per_microbatch = {train.tokens_per_microbatch} cannot hold one row of data.max_tokens = "
+                f"{data.max_tokens} and data.max_target_tokens = {data.max_target_tokens} tokens; raise the first"
+            )
         pack = data.pack_tokens or data.max_tokens
         if data.pack_tokens is not None and data.batches != "packed":
             raise ValueError(f"data.pack_tokens is for data.batches: packed, and that is {data.batches}; remove it")
@@ -295,9 +301,10 @@ class Recipe(Section):
             )
         if data.batches == "packed" and train.group_by_length:
             raise ValueError("train.group_by_length evens out padding, and packed batches have none; remove it")
-        if self.evaluate.merge_references and self.objective.task != "text-generation":
+        merging = ("text-generation", *SEQUENCE_TO_SEQUENCE)
+        if self.evaluate.merge_references and self.objective.task not in merging:
             raise ValueError(
-                f"evaluate.merge_references is for text-generation, and objective.task is {self.objective.task}; "
+                f"evaluate.merge_references is for {', '.join(merging)}, and objective.task is {self.objective.task}; "
                 "remove it"
             )
         if data.columns:

@@ -8,7 +8,7 @@ from ingot.errors import ModelError
 from ingot.recipe import Model
 from ingot.registry import nearest
 
-EMBEDDED = ("nano",)  # folders of ingot/catalog, shipped with the package
+EMBEDDED = ("nano", "nano-t5")  # folders of ingot/catalog, shipped with the package
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = (
     "tokenizer.json",
