@@ -22,9 +22,9 @@ FLOORS = {
     "launch": 2, "ranks": 2, "track": 2, "progress": 2, "display": 2,
     "catalog": 2, "data": 2, "model": 2, "parallel": 2,
     "train": 3, "evaluation": 3,
-    "check": 4, "packaging": 4, "serving": 4,
-    "runfolder": 5, "preparation": 5, "stages": 5, "assembly": 5, "verbs": 5,
-    "cache_command": 6, "cli": 6, "__main__": 6,
+    "packaging": 4, "serving": 4,
+    "runfolder": 5, "preparation": 5, "check": 5, "summary": 5, "stages": 5, "assembly": 5, "verbs": 5,
+    "command": 6, "cache_command": 6, "check_command": 6, "cli": 6, "__main__": 6,
 }  # fmt: skip
 # Files of one floor that stand beside each other: the first may import the second.
 NEIGHBOURS = {
@@ -33,9 +33,13 @@ NEIGHBOURS = {
     ("data", "progress"), ("stages", "preparation"), ("verbs", "preparation"), ("assembly", "preparation"),
     ("stages", "runfolder"), ("verbs", "runfolder"), ("verbs", "stages"),
     ("assembly", "runfolder"), ("assembly", "stages"), ("verbs", "assembly"),
-    ("__main__", "cli"), ("cli", "cache_command"), ("model", "catalog"),
+    ("check", "preparation"), ("check", "assembly"), ("check", "runfolder"), ("verbs", "check"),
+    ("summary", "runfolder"), ("verbs", "summary"),
+    ("__main__", "cli"), ("cli", "cache_command"), ("cli", "check_command"), ("cli", "command"),
+    ("check_command", "command"), ("model", "catalog"),
     ("ranks", "launch"), ("parallel", "launch"), ("parallel", "ranks"), ("parallel", "model"),
 }  # fmt: skip
+COMMAND_LINE = ("cli.py", "command.py", "cache_command.py", "check_command.py")
 # A third-party package -> the only files or folders that may import it.
 DOORS = {
     "transformers": ("model/",),
@@ -53,9 +57,11 @@ DOORS = {
     "scipy": ("evaluation/",),
     "sacrebleu": ("evaluation/",),
     "rouge_score": ("evaluation/",),
+    "seqeval": ("evaluation/entities.py",),
+    "jinja2": ("check/page.py",),
     "matplotlib": ("evaluation/plots.py",),
-    "rich": ("cli.py", "cache_command.py", "progress.py", "display.py", "data/inspect.py"),
-    "typer": ("cli.py", "cache_command.py"),
+    "rich": (*COMMAND_LINE, "progress.py", "display.py", "data/inspect.py"),
+    "typer": COMMAND_LINE,
     "yaml": ("recipe_io.py", "packaging/", "serving/"),
     "pydantic": ("recipe.py", "recipe_data.py", "recipe_errors.py", "recipe_io.py", "serving/"),
 }

@@ -3,16 +3,16 @@
 import json
 import logging
 import os
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ingot.cache_command import cache
+from ingot.check_command import check
+from ingot.command import Debug, Json, Overrides, RecipeFile, guarded, out
 from ingot.display import score_table, short, show_summary
 from ingot.errors import IngotError, RecipeError
 from ingot.launch.detect import detect
@@ -35,16 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
 
-RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Settings that win over the file: optim.lr=1e-4 train.epochs=2", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output; no progress bars.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Resume = Annotated[
     Path | None, typer.Option("--resume", help="Folder of an interrupted run to continue.", show_default=False)
 ]
@@ -103,7 +94,7 @@ def run(
         else:
             show_summary(result, out)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -140,7 +131,7 @@ def finetune(
                 f"run: {done.folder}\nnext: ingot evaluate {short(done.folder)}",
             )
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -185,13 +176,15 @@ def evaluate(
                 None,
                 None,
             )
-        result = verbs.scores_as_dict(base.scores if base else None, tuned.scores if tuned else None, comparison)
+        from ingot.summary import scores_as_dict
+
+        result = scores_as_dict(base.scores if base else None, tuned.scores if tuned else None, comparison)
         if as_json:
             print(json.dumps(result, ensure_ascii=False))
         else:
             out.print(score_table(result))
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -213,7 +206,7 @@ def package(
         path = verbs.package(folder, progress=Progress(quiet=as_json))
         _result(as_json, {"package": str(path)}, f"package: {path}\nnext: ingot serve {short(path)}")
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -240,7 +233,7 @@ def consolidate(
         path = verbs.consolidate(source, folder)
         _result(as_json, {"folder": str(path)}, f"consolidated: {path}")
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -268,7 +261,7 @@ def serve(
 
         verbs.serve(model, host=host, port=port)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -293,7 +286,7 @@ def inspect(
 
         verbs.inspect(loaded, recipe.resolve().parent, part.value, rows, None if as_json else out)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 @app.command()
@@ -340,7 +333,7 @@ def runs(
             table.add_row(short(Path(record["folder"])), created, record["status"], shown)
         out.print(table)
 
-    _guarded(work, debug)
+    guarded(work, debug)
 
 
 def _diagnosed(profile: int | None, memory_snapshot: bool) -> list[str]:
@@ -350,37 +343,12 @@ def _diagnosed(profile: int | None, memory_snapshot: bool) -> list[str]:
 
 
 app.command()(cache)
+app.command()(check)
 
 
 def main() -> None:
     """Entry point of `ingot` and `python -m ingot`."""
     app()
-
-
-def _guarded(work: Callable[[], None], debug: bool) -> None:
-    """Run `work`; an error that the user can mend becomes one message, anything else keeps its traceback."""
-    try:
-        work()
-    except IngotError as error:
-        _fail(error, debug)
-    except KeyboardInterrupt:
-        err.print("stopped", style="bold red")
-        raise typer.Exit(130) from None
-
-
-def _fail(error: IngotError, debug: bool) -> NoReturn:
-    if debug:
-        raise error
-    if getattr(error, "printed", False):  # by one rank for all
-        raise typer.Exit(error.exit_code) from None
-    try:
-        rank = detect(os.environ).rank
-    except IngotError:  # which may be the error
-        rank = 0
-    prefix = f"error (rank {rank})" if rank else "error"
-    err.print(f"[bold red]{prefix}:[/] ", end="")
-    err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(error.exit_code) from None
 
 
 def _result(as_json: bool, values: dict[str, Any], text: str) -> None:

@@ -12,7 +12,7 @@ from ingot.recipe import Recipe
 from ingot.recipe_io import json_schema, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("run", "finetune", "evaluate", "package", "serve", "inspect", "schema", "runs", "cache", "consolidate")
+VERBS = "run finetune evaluate package serve inspect schema runs cache check consolidate".split()
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
@@ -36,7 +36,7 @@ def test_help_of_a_verb_shows_examples(verb):
     assert f"ingot {verb}" in result.stdout.split("Example")[1]
 
 
-@pytest.mark.parametrize("verb", ["run", "finetune", "evaluate", "package", "serve", "inspect"])
+@pytest.mark.parametrize("verb", ["run", "finetune", "evaluate", "package", "serve", "inspect", "check"])
 def test_verb_without_its_argument_names_it(verb):
     result = ingot(verb)
     assert result.exit_code == 2
