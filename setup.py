@@ -22,6 +22,7 @@ INSTALL = [
     "rouge_score>=0.1.2",
     "sacrebleu>=2.4",
     "safetensors>=0.5",
+    "seqeval>=1.2",
     "tokenizers>=0.22",
     "torch>=2.8,<3",
     "transformers>=5.0,<6",
@@ -43,6 +44,7 @@ EXTRAS = {
         "ruff>=0.9",
         "scikit-learn>=1.5",  # the tests hold our F1 against it
         "scipy>=1.11",
+        "trl>=1.16,<2",  # the tests hold our losses and masks against it
         "types-PyYAML>=6.0",
     ],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6"],
