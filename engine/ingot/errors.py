@@ -38,6 +38,12 @@ class CheckpointError(IngotError):
     """A checkpoint could not be written or read; what was there before is untouched."""
 
 
+class CheckFailed(IngotError):
+    """A proof of the trust gate failed: the message names it, its figures and what to change."""
+
+    exit_code = 2
+
+
 class NotFinite(IngotError):
     """More losses or gradients than `train.nonfinite_budget` were not finite; the weights are as before the last."""
 

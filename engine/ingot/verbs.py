@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from ingot.assembly import build, export, rebuilt
+from ingot.check import gate
+from ingot.check.stage import keep_proofs, proved
+from ingot.check.verdict import Report
 from ingot.data import inspect as view
 from ingot.data.splits import load_splits
 from ingot.data.stream import first_rows
 from ingot.data.template import encode_all
 from ingot.errors import IngotError, Interrupted, RecipeError
-from ingot.evaluation import report
 from ingot.evaluation.measure import choose
-from ingot.evaluation.runner import Comparison, Evaluation, Score, compare, load_comparison, load_scores
+from ingot.evaluation.runner import Comparison, Evaluation, compare
 from ingot.launch import process
 from ingot.model.load import (
     load_tokenizer,
@@ -51,10 +53,27 @@ from ingot.stages import (
     train,
     tuned_model,
 )
+from ingot.summary import summary_of
 from ingot.track import Tracker
 from ingot.train import profile
 from ingot.train.checkpoint import published, step_name
 from ingot.train.consolidate import consolidate as write_consolidated
+from ingot.train.distillation import load_teacher
+
+
+def check(recipe: Recipe | str | Path, *, home: Path | None = None, progress: Progress = QUIET) -> Report:
+    """Prove the recipe on its own model and rows, on this machine alone; nothing is written but the data's cache.
+
+    Raises what `finetune` raises before it trains.
+    """
+    recipe, home = _opened(recipe, home)
+    gate.check_waivers(recipe)
+    device = pick_device(Ranks())
+    recipe = resolve(recipe, home, Ranks(), device, progress.note)
+    set_threads(recipe, Ranks())
+    prepared = prepare(recipe, home, progress)
+    preflight(recipe, home, prepared, progress)
+    return gate.prove(recipe, home, prepared, device, progress)
 
 
 def finetune(
@@ -75,8 +94,11 @@ def finetune(
     return _finetune(*_opened(recipe, home), resume, progress)
 
 
-def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progress, *, go_on: bool = False) -> Run:
-    """`finetune`. With `go_on` a restarted job that has trained already is not trained again."""
+def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progress, *, whole: bool = False) -> Run:
+    """`finetune`. As part of the `whole` path the recipe is proved first, and a restarted job that has trained already
+    is not trained again.
+    """
+    gate.check_waivers(recipe)
     ranks = read_ranks()
     progress = progress if ranks.main else QUIET
     device = pick_device(ranks)
@@ -92,19 +114,25 @@ def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progres
     set_threads(recipe, ranks)
     prepared = prepare(recipe, home, progress)
     preflight(recipe, home, prepared, progress)
+    proofs = None
+    if whole and ranks.main and recipe.check.enabled and resume is None and find_run(recipe, ranks.job) is None:
+        proofs = proved(recipe, home, prepared, device, progress)
     with process_group(ranks, recipe.parallel, device):
-        run, begun = on_main(lambda: _claim(recipe, home, resume, ranks, go_on, progress))
+        run, begun = on_main(lambda: _claim(recipe, home, resume, ranks, whole, progress))
         if run.finished("finetune"):
             return run
         before = run.record().get("tracking_run") if ranks.main else None
         tracker = Tracker.start(recipe.track, run.folder, recipe.name, flat_params(recipe), ranks.main, run_id=before)
         if ranks.main:
             run.note(tracking_run=tracker.run_id)
+        if proofs is not None:
+            keep_proofs(proofs, run, tracker)
         with tracker, _status(run, ranks):
             started = time.perf_counter()
             with _watched(run, ranks, device) as pulse:
                 model, initial, fill = build(recipe, home, prepared.facts.labels, ranks, progress)
                 sharded = parallelize(model, ranks, recipe, device, resolve_dtype(recipe.model.dtype, device), fill)
+                sharded.teacher = load_teacher(recipe, home, device, resolve_dtype(recipe.model.dtype, device))
                 fitted = train(sharded, prepared, recipe, run, begun, tracker, progress, pulse)
             if ranks.main:
                 if not sharded.whole or recipe.quantization.kind != "none":
@@ -218,7 +246,8 @@ def serve(target: Path, *, host: str = "127.0.0.1", port: int = 8000) -> None:
 def run(
     recipe: Recipe | str | Path, *, home: Path | None = None, resume: Path | None = None, progress: Progress = QUIET
 ) -> dict[str, Any]:
-    """The whole path: fine-tune, evaluate base and tuned, package, verify, ask the endpoint one question.
+    """The whole path: prove the recipe, fine-tune, evaluate base and tuned, package, verify, ask the endpoint one
+    question. Raises CheckFailed where a proof fails that `check.waive` does not name.
 
     Returns the summary that is also saved as the run's summary.json: `metrics.base` and `metrics.tuned` (each metric:
     value,
@@ -231,7 +260,7 @@ def run(
     if resume is not None and open_run(resume).finished("finetune"):
         done = _continued(resolve(recipe, home, read_ranks(), pick_device(read_ranks())), resume)
     else:
-        done = _finetune(recipe, home, resume, progress, go_on=True)
+        done = _finetune(recipe, home, resume, progress, whole=True)
     if not read_ranks().main:
         return {}
     if recipe.evaluate.enabled and not done.finished("evaluate"):
@@ -241,7 +270,7 @@ def run(
     if recipe.serve.enabled and not done.finished("serve"):
         ask_endpoint(done, progress)
     done.note(status="finished")
-    summary = _summary(done)
+    summary = summary_of(done)
     write_json(done.folder / "summary.json", summary)
     return summary
 
@@ -332,19 +361,6 @@ def _status(run: Run, ranks: Ranks) -> Iterator[None]:
                 run.note(status=status)
 
 
-def scores_as_dict(
-    base: dict[str, Score] | None, tuned: dict[str, Score] | None, comparison: Comparison | None
-) -> dict[str, Any]:
-    """Scores as plain values: `metrics`, the paired `comparison`, and a `table` (with its `columns`) for people."""
-    rows = report.table(base, tuned, comparison)
-    return {
-        "metrics": {name: report.metrics_json(found) for name, found in (("base", base), ("tuned", tuned)) if found},
-        "comparison": comparison.as_dict() if comparison else {},
-        "table": rows,
-        "columns": list(rows[0]),
-    }
-
-
 def inspect(recipe: Recipe, home: Path, part: str, count: int, console: Any) -> None:
     """Show `count` rows of `part` with the mask in colour on `console`, or print them as JSON when it is None."""
     tokenizer, splits = load_tokenizer(recipe.model, home), load_splits(recipe, home, (part,))
@@ -363,27 +379,3 @@ def inspect(recipe: Recipe, home: Path, part: str, count: int, console: Any) -> 
         f"{dropped.truncated:,} cut at {recipe.data.max_tokens} tokens",
         highlight=False,
     )
-
-
-def _summary(run: Run) -> dict[str, Any]:
-    record = run.record()
-    paths = {
-        "run": run.folder,
-        "model": run.model,
-        "adapter": run.adapter,
-        "package": run.package,
-        "picture": run.picture,
-    }
-    result: dict[str, Any] = {
-        "name": run.recipe.name,
-        "recipe_hash": record["recipe_hash"],
-        "versions": record["versions"],
-        "stages": record["stages"],
-        "paths": {name: str(path) for name, path in paths.items() if path.exists()},
-    }
-    if run.finished("evaluate"):
-        base = load_scores(run.evaluation, "base") if run.recipe.evaluate.base else None
-        result |= scores_as_dict(base, load_scores(run.evaluation, "tuned"), load_comparison(run.evaluation))
-    if run.finished("serve"):
-        result |= {key: record["stages"]["serve"][key] for key in ("question", "answer")}
-    return result

@@ -30,6 +30,7 @@ class Batch:
     `row_labels` int64: a class for every row [B] (end to end: as many as rows), 0 or 1 for every class [B, C], or first
     and last token of the answer [B, 2]; IGNORE where there is none. `targets_BU` int64: what a decoder writes, IGNORE
     behind its end. `reference_P2` float32: log-probabilities of both answers of every pair under the starting model.
+    `types_BT` int64: 0 for the tokens of a first segment, 1 for those of a second, where the model is told them apart.
     """
 
     ids_BT: Tensor  # noqa: N815
@@ -41,6 +42,7 @@ class Batch:
     row_labels: Tensor | None = None
     targets_BU: Tensor | None = None  # noqa: N815
     reference_P2: Tensor | None = None  # noqa: N815
+    types_BT: Tensor | None = None  # noqa: N815
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def batches_of(
     batches = [[portion.rows[index] for index in part] for part in shares[rank]]
     if len(batches) < wanted:
         shortest = portion.rows[min(indices, key=lambda index: (lengths[index], index))]
-        batches += [[_muted(shortest)] for _ in range(wanted - len(batches))]
+        batches += [[muted(shortest)] for _ in range(wanted - len(batches))]
     return batches
 
 
@@ -124,7 +126,7 @@ def collate(
     row_labels = torch.tensor(labels, dtype=torch.long) if labels else None
     if row_labels is not None and row_labels.shape[1] == 1:
         row_labels = row_labels.squeeze(1)
-    parts = [_ids_and_labels(row) for row in rows]
+    parts = [ids_and_labels(row) for row in rows]
     batch = line(parts, pad_id, multiple) if flat else padded(parts, pad_id)
     if row_labels is None:
         return batch
@@ -160,14 +162,14 @@ def line(parts: Sequence[tuple[Tensor, Tensor]], pad_id: int, multiple: int) -> 
     )
 
 
-def _ids_and_labels(row: Encoded) -> tuple[Tensor, Tensor]:
+def ids_and_labels(row: Encoded) -> tuple[Tensor, Tensor]:
     ids_T = torch.as_tensor(row.ids, dtype=torch.long)
     labels_T = ids_T.masked_fill(~torch.as_tensor(row.trainable, dtype=torch.bool), IGNORE)
     labels_T[0] = IGNORE  # nothing stands before it; end to end, another row's last token does
     return ids_T, labels_T
 
 
-def _muted(row: Encoded) -> Encoded:
+def muted(row: Encoded) -> Encoded:
     return replace(
         row,
         trainable=[False] * len(row.ids),

@@ -1,0 +1,107 @@
+"""The loss by its definition, by another way than training's: a row at a time, from what the model puts out."""
+
+# T tokens of a row, V vocabulary, C classes
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ingot.data.encoded import IGNORE, Encoded
+from ingot.data.example import Example
+from ingot.data.labeled import Labeled, MultiLabeled
+from ingot.model.load import logits_of
+from ingot.recipe import CAUSAL
+
+from .trial import Trial
+
+OWN_LOSS = ("summarization", "translation", "token-classification", "question-answering", "fill-mask")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A loss, and by whose definition."""
+
+    value: float
+    by: str
+
+
+def expected_loss(trial: Trial) -> Expected | str:
+    """The mean loss over the probe's targets, or why there is no second way to compute it."""
+    section = trial.subject.recipe.objective
+    if section.loss in CAUSAL:
+        by = "log-probabilities of the learned tokens, each given what stands before it"
+        return Expected(_mean(trial, lambda row: _next_tokens(trial, row)), by)
+    if section.loss in ("text-classification", "multi-label-classification"):
+        examples = _by_place(trial)
+        by = "the probabilities of the rows' own labels, by the names that the model gives its outputs"
+        return Expected(_mean(trial, lambda row: _classes(trial, row, examples[row.where])), by)
+    if section.label_smoothing:
+        return f"transformers' own {section.loss} has no label smoothing to compare with"
+    if section.loss in OWN_LOSS:
+        return Expected(_mean(trial, lambda row: _by_transformers(trial, row)), "transformers' own loss")
+    return f"{section.loss} is held against its definition and a peer's by Ingot's tests"
+
+
+def _mean(trial: Trial, of_row: Callable[[Encoded], float]) -> float:
+    return sum(map(of_row, trial.rows)) / sum(row.n_targets for row in trial.rows)
+
+
+def _inputs(trial: Trial, row: Encoded) -> dict[str, Tensor]:
+    ids_1T = torch.tensor([row.ids], device=trial.sharded.device)
+    return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
+
+
+def _forward(trial: Trial, **inputs: Any) -> Any:
+    return trial.sharded.forward(**inputs)
+
+
+def _next_tokens(trial: Trial, row: Encoded) -> float:
+    """Sum over the row's learned tokens."""
+    logits_TV = logits_of(_forward(trial, **_inputs(trial, row), use_cache=False))[0].double()
+    logp_TV = logits_TV.log_softmax(-1)
+    smoothing, total = trial.subject.recipe.objective.label_smoothing, 0.0
+    for place in range(1, len(row.ids)):
+        if row.trainable[place]:
+            before_V = logp_TV[place - 1]
+            total -= float((1 - smoothing) * before_V[row.ids[place]] + smoothing * before_V.mean())
+    return total
+
+
+def _classes(trial: Trial, row: Encoded, example: Example) -> float:
+    names: dict[int, str] = trial.sharded.plain.config.id2label  # type: ignore[assignment, union-attr]
+    logits_C = logits_of(_forward(trial, **_inputs(trial, row)))[0].double()
+    if isinstance(example, MultiLabeled):
+        wanted_C = torch.tensor([float(names[index] in example.labels) for index in range(len(logits_C))])
+        wanted_C = wanted_C.to(logits_C)
+        return float(-(wanted_C * F.logsigmoid(logits_C) + (1 - wanted_C) * F.logsigmoid(-logits_C)).sum())
+    assert isinstance(example, Labeled)
+    [index] = [number for number, name in names.items() if name == example.label]
+    logp_C, smoothing = logits_C.log_softmax(-1), trial.subject.recipe.objective.label_smoothing
+    return float(-(1 - smoothing) * logp_C[index] - smoothing * logp_C.mean())
+
+
+def _by_transformers(trial: Trial, row: Encoded) -> float:
+    """Sum over the row's targets of the loss that the model itself computes from labels."""
+    batch = trial.subject.batch([row], flat=False)
+    inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "attention_mask": batch.attention_BT}
+    kind = trial.subject.recipe.objective.loss
+    if kind == "question-answering":
+        assert batch.row_labels is not None
+        inputs |= {"start_positions": batch.row_labels[:, 0], "end_positions": batch.row_labels[:, 1]}
+    elif batch.targets_BU is not None:
+        inputs["labels"] = batch.targets_BU
+    else:
+        inputs["labels"] = batch.labels_BT
+    output = _forward(trial, **{name: value.to(trial.sharded.device) for name, value in inputs.items()})
+    labels = inputs.get("labels")
+    n_targets = 2 if labels is None else int((labels != IGNORE).sum())
+    return float(output.loss) * n_targets
+
+
+def _by_place(trial: Trial) -> dict[str, Example]:
+    pairs = zip(trial.subject.rows, trial.subject.examples, strict=True)
+    return {row.where: example for row, example in pairs}

@@ -1,0 +1,130 @@
+"""The recipe's own model on this machine alone, ready for a few steps, and the losses that proofs compare."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ingot.assembly import build
+from ingot.data.encoded import Encoded
+from ingot.data.loader import batches_of
+from ingot.data.plan import Cursor, Divisor, Portion
+from ingot.data.rows import ListRows
+from ingot.model.adapters import trainable_tensors
+from ingot.model.load import resolve_dtype
+from ingot.parallel.sharded import Sharded
+from ingot.parallel.strategies import parallelize
+from ingot.ranks import Ranks
+from ingot.train.objectives import OBJECTIVES
+
+from .subject import Subject
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`sharded`: the model that trains, on one rank. `rows`: what it is tried on."""
+
+    subject: Subject
+    sharded: Sharded
+    rows: list[Encoded]
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything is computed in float32."""
+        return self.sharded.compute_dtype == torch.float32
+
+    def tolerance(self, exact: float, rounded: float) -> float:
+        """How far two computations of one number may be apart, relatively, in float32 and in bfloat16."""
+        return exact if self.exact else rounded
+
+
+def set_up(subject: Subject) -> Trial:
+    """Build the model as training would, on `subject.device`. Raises what building raises."""
+    recipe, rows = subject.alone, subject.probes
+    labels = subject.prepared.facts.labels
+    model = build(recipe, subject.home, labels, Ranks()).model
+    return Trial(subject, on_one_rank(model, subject), rows)
+
+
+def on_one_rank(model: nn.Module, subject: Subject) -> Sharded:
+    """`model` behind the loop's verbs."""
+    recipe = subject.alone
+    dtype = resolve_dtype(recipe.model.dtype, subject.device)
+    return parallelize(model, Ranks(), recipe, subject.device, dtype)
+
+
+def shares(rows: Sequence[Encoded], subject: Subject, world: int = 1, budget: int | None = None) -> list[list[Encoded]]:
+    """The microbatches of all `world` ranks for a step of `rows`, one rank's after the other's. `budget`: tokens of one;
+    None: all of a rank's rows are one.
+    """
+    budget = budget or len(rows) * max(len(row.ids) for row in rows)
+    portion = Portion(ListRows(rows), [[number] for number in range(len(rows))], Cursor())
+    flat = subject.recipe.data.batches != "padded"
+    return [part for rank in range(world) for part in batches_of(portion, rank, world, budget, flat=flat, even=False)]
+
+
+def divisor_of(rows: Sequence[Encoded]) -> Divisor:
+    """What the loss of a step of `rows` is divided by."""
+    return Divisor(sum(row.n_targets for row in rows), len(rows))
+
+
+def loss_of(
+    sharded: Sharded,
+    subject: Subject,
+    parts: Sequence[Sequence[Encoded]],
+    divisor: Divisor,
+    *,
+    flat: bool | None = None,
+) -> Tensor:
+    """The step's loss from its microbatches. `flat`: how rows lie; None as the recipe says. Float32, a scalar."""
+    objective, section = OBJECTIVES[subject.recipe.objective.loss], subject.recipe.objective
+    total = torch.zeros((), device=sharded.device)
+    for part in parts:
+        loss = objective(sharded, subject.batch(part, flat=flat), divisor, section)
+        if torch.is_grad_enabled():
+            sharded.backward(loss)
+        total += loss.detach()
+    return total
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Without dropout, so that two passes over the same rows can be compared."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def gradients(sharded: Sharded) -> dict[str, Tensor]:
+    """Copies of the gradients on the CPU, in float32; then they are forgotten."""
+    found = {name: p.grad.detach().float().cpu() for name, p in trainable_tensors(sharded.plain) if p.grad is not None}
+    found = {name: gradient.clone() for name, gradient in found.items()}
+    sharded.drop()
+    return found
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Norm of the difference of two gradients, as a share of the first one's norm."""
+    names = one.keys() | other.keys()
+    zero = torch.zeros(())
+    apart = sum(float((one.get(name, zero) - other.get(name, zero)).square().sum()) for name in names)
+    size = sum(float(gradient.square().sum()) for gradient in one.values())
+    return float((apart / size) ** 0.5) if size else float("inf") if apart else 0.0
+
+
+def fingerprints(model: nn.Module) -> dict[str, Any]:
+    """Frozen tensor -> a number that changes when any of its bits does."""
+    return {name: _bits(p.detach()) for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def _bits(tensor: Tensor) -> tuple[int, int]:
+    """Sum of the bytes, and of the bytes times their places: a change that keeps the one changes the other."""
+    found = tensor.contiguous().flatten().view(torch.uint8).to(torch.int64)
+    places = torch.arange(1, len(found) + 1, device=found.device) % 65_521
+    return int(found.sum()), int((found * places).sum())
