@@ -120,3 +120,23 @@ def curve(tmp_path):
         return losses
 
     return train
+
+
+def random_pairs(n: int, seed: int = 1) -> list[Encoded]:
+    """Pairs of uneven answers to prompts of uneven length. Chosen answers are of low ids, rejected ones of high ids."""
+    draw, rows = random.Random(seed), []
+    for number in range(n):
+        prompt = [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 8))]
+        chosen = [draw.randrange(3, 40) for _ in range(draw.randint(1, 9))]
+        rejected = [draw.randrange(60, VOCABULARY) for _ in range(draw.randint(1, 9))]
+        trainable = [flag for answer in (chosen, rejected) for flag in [False] * len(prompt) + [True] * len(answer)]
+        parts = len(prompt) + len(chosen), len(prompt) + len(rejected)
+        reference = (-draw.random() * 9, -draw.random() * 9)
+        ids = prompt + chosen + prompt + rejected
+        rows.append(Encoded(ids, trainable, None, f"row:{number}", parts, len(chosen), reference))
+    return rows
+
+
+@pytest.fixture
+def pair_rows():
+    return random_pairs
