@@ -4,38 +4,54 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ingot.errors import IngotError, RecipeError
 from ingot.model.load import logits_of
+from ingot.model.matrices import Matrix, matrices
+from ingot.model.quantize import QuantizedLinear
 from ingot.recipe import Adapter, Task
 from ingot.registry import nearest
 
-HEADS = ("classifier", "score")
-PEFT_TASKS = {"text-classification": "SEQ_CLS"}
+HEADS = ("classifier", "score", "qa_outputs")
+PEFT_TASKS = {"summarization": "SEQ_2_SEQ_LM", "translation": "SEQ_2_SEQ_LM", "text-classification": "SEQ_CLS"}
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter, task: Task, seed: int) -> nn.Module:
     """Freeze `model` and add low-rank updates in float32; a classifier's head is trained as a whole.
 
-    Raises RecipeError when `adapter.targets` names no linear layer of this model. `kind: none` returns the model with
-    every
-    weight trainable.
+    An adapter on an output head that is tied to the embedding unties them, and the configuration says so.
+
+    Raises RecipeError when `adapter.targets` names no weight of this model, or one that takes no adapter of this kind.
+    `kind: none` returns the model with every weight trainable.
     """
     if adapter.kind == "none":
         return model.requires_grad_(True)
-    heads = [name for name, _ in model.named_children() if name in HEADS]
+    heads = _heads(model, task)
+    chosen = _targets(model, adapter, heads)
+    rewritten = {name for name in {m.called[0] for m in chosen if m.kind == "linear"} if _rewritten(model, name)}
+    as_tensors = [m for m in chosen if m.kind == "experts" or (m.kind == "linear" and m.called[0] in rewritten)]
+    _check_fused(chosen, as_tensors, adapter)
+    _untie(model, chosen)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
-        target_modules=_targets(model, adapter),
+        target_modules=_module_names(model, [matrix for matrix in chosen if matrix not in as_tensors]),
+        target_parameters=sorted({matrix.suffix for matrix in as_tensors}) or None,
+        fan_in_fan_out=all(isinstance(matrix.module, Conv1D) for matrix in chosen),
+        exclude_modules=heads or None,
         modules_to_save=heads or None,
         task_type=PEFT_TASKS.get(task, "CAUSAL_LM") if hasattr(model, "prepare_inputs_for_generation") else None,
     )
@@ -43,45 +59,156 @@ def attach_adapter(model: nn.Module, adapter: Adapter, task: Task, seed: int) ->
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 for a name that is on its way out; nothing that a user could mend
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set", UserWarning)  # GPT-2's layers beside linear ones
         adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
+    wrong = {(id(matrix.module), matrix.key) for matrix in chosen} ^ _adapted(adapted)
+    if wrong:
+        names = [m.name for m in matrices(adapted) if (id(m.module), m.key) in wrong]
+        fix = f"peft adapts {len(wrong)} weights more or fewer than these: {names[:3]}; name other layers"
+        raise RecipeError("adapter.targets", str(adapter.targets), fix)
+    for name, parameter in adapted.named_parameters():
+        if task == "question-answering" and name.endswith("qa_outputs.modules_to_save.default.bias"):
+            parameter.requires_grad = False  # added to every token alike: no softmax over tokens ever moves it
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # float32 master weights also over a bfloat16 base
     return adapted
 
 
-def _targets(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Last names of the linear layers to adapt: all but output heads, or those that the recipe names."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = {
-        name.rsplit(".", 1)[-1]
+def _heads(model: nn.Module, task: Task) -> list[str]:
+    """Names of the modules that are trained as a whole: they may have been drawn anew, and a low-rank update of
+    something random would leave most of it so.
+
+    fill-mask: what stands between the encoder and the output embeddings, which are the input's and stay as they are: a
+    copy of them would be trained apart and lost in the merge.
+    """
+    if task != "fill-mask":
+        return [name for name, _ in model.named_children() if name in HEADS]
+    encoder = model.base_model_prefix
+    output, tied = model.get_output_embeddings(), model.get_input_embeddings().weight  # type: ignore[operator]
+    return [
+        name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and name.split(".")[0] not in HEADS
-    }
+        if name.split(".")[0] not in ("", encoder)
+        and module is not output
+        and getattr(module, "weight", None) is not tied
+        and not list(module.children())
+        and list(module.parameters())
+    ]
+
+
+def _targets(model: nn.Module, adapter: Adapter, whole: list[str]) -> list[Matrix]:
+    """The weights to adapt: all linear layers and fused experts but the output head, or what the recipe names."""
+    found = [matrix for matrix in matrices(model, whole) if matrix.kind != "other"]
     if adapter.targets == "all-linear":
-        _refuse_fused_experts(model, names)
-        return sorted(names)
+        chosen = [matrix for matrix in found if matrix.kind in ("linear", "experts")]
+        if not chosen:
+            raise RecipeError("adapter.targets", "all-linear", "this model has no linear layer; use adapter.kind=none")
+        return chosen
+    names = {name for matrix in found for name in matrix.called}
     for target in adapter.targets:
         if target not in names:
             raise RecipeError(
                 "adapter.targets", target, f"no linear layer of this model is called that; {nearest(target, names)}"
             )
-    return list(adapter.targets)
+    return [matrix for matrix in found if set(matrix.called) & set(adapter.targets)]
 
 
-def _refuse_fused_experts(model: nn.Module, names: set[str]) -> None:
-    """transformers 5 keeps the experts of a layer in one tensor each, which are no linear layers: an adapter on "all
-    linear layers" would leave out most of the model without a word.
+def _untie(model: nn.Module, chosen: list[Matrix]) -> None:
+    """Give the output head a weight of its own, where an adapter on it or on the embedding would change both at merge.
+
+    The configuration says so, and with it every folder that is saved. Raises RecipeError where more is tied than these.
     """
-    fused = [(name, p.numel()) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
-    if fused:
-        share = sum(n for _, n in fused) / sum(p.numel() for p in model.parameters())
+    model_: Any = model
+    ends = [matrix for matrix in chosen if matrix.kind in ("head", "embedding")]
+    head = getattr(model_, "get_output_embeddings", lambda: None)()
+    if not ends or head is None or head.weight is not model_.get_input_embeddings().weight:
+        return
+    tied = getattr(model_, "all_tied_weights_keys", {})
+    if len(tied) != 1 or model_.config.is_encoder_decoder:
         raise RecipeError(
             "adapter.targets",
-            "all-linear",
-            f"{share:.0%} of this model are experts in fused tensors such as {fused[0][0]}, which no adapter would "
-            f"reach; name the layers to adapt: [{', '.join(sorted(names))}]",
+            ends[0].called[0],
+            f"{type(model).__name__} uses this weight in several places ({', '.join(sorted(tied))}), and a merged "
+            "adapter would change all of them; leave it out",
         )
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model_.all_tied_weights_keys = {}
+    for config in {id(c): c for c in (model_.config, model_.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+
+
+def _check_fused(chosen: list[Matrix], as_tensors: list[Matrix], adapter: Adapter) -> None:
+    """Raise RecipeError for what peft has no way to do with a weight that is adapted as a tensor."""
+    if not as_tensors:
+        return
+    first, others = as_tensors[0], sorted({m.called[0] for m in chosen} - {m.called[0] for m in as_tensors})
+    without = f"leave {', '.join(sorted({m.called[0] for m in as_tensors}))} out: [{', '.join(others)}]"
+    if isinstance(first.module, QuantizedLinear):
+        fix = f"peft adapts this layer of a mixture of experts in full size only; {without}, or quantization.kind=none"
+        raise RecipeError("adapter.targets", first.name, fix)
+    if adapter.dropout:
+        fix = f"the update is added to {first.name} before the product, where no input is to be dropped; use 0, or "
+        raise RecipeError("adapter.dropout", adapter.dropout, fix + without)
+    if adapter.dora:
+        fix = f"peft takes no norms of weights that are adapted as tensors, such as {first.name}; use false, or "
+        raise RecipeError("adapter.dora", True, fix + without)
+
+
+def _rewritten(model: nn.Module, name: str) -> bool:
+    """Whether peft takes this name of a layer for that of an expert of transformers 4, and would leave the layer out.
+
+    peft 0.21 does so with dense layers beside fused experts (huggingface/peft#3711).
+    """
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # gate_proj without up_proj
+        return True
+    return set(config.target_modules or ()) != {name}
+
+
+def _module_names(model: nn.Module, chosen: list[Matrix]) -> list[str]:
+    """Last names of the layers, whole ones where something else has the same last name."""
+    taken = {matrix.owner for matrix in chosen}
+    last = {name.rpartition(".")[2] for name in taken}
+    shared = {n.rpartition(".")[2] for n, m in model.named_modules() if n not in taken and list(m.parameters())} & last
+    return sorted({name if name.rpartition(".")[2] in shared else name.rpartition(".")[2] for name in taken})
+
+
+def _adapted(model: nn.Module) -> set[tuple[int, str]]:
+    """(id of the module, name of its weight) of everything under an adapter."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return {(id(layer.get_base_layer()), getattr(layer, "parameter_name", "weight")) for layer in layers}
+
+
+class Coverage(NamedTuple):
+    """What an adapter reaches. `covered` of `total` matrices, `share` of their weights; embeddings and the output head
+    count only where they have an adapter. `left_out`: names of linear layers and experts without one, `unmatched`:
+    targets of the recipe that name nothing here.
+    """
+
+    covered: int
+    total: int
+    share: float
+    left_out: list[str]
+    unmatched: list[str]
+
+
+def coverage(model: nn.Module, adapter: Adapter) -> Coverage:
+    """What the adapter attached to `model` covers of what `adapter.targets` asks for. Nothing is computed."""
+    adapted, found = _adapted(model), matrices(model)
+    reached = [matrix for matrix in found if (id(matrix.module), matrix.key) in adapted]
+    counted = [matrix for matrix in found if matrix.kind not in ("head", "embedding") or matrix in reached]
+    names = {name for matrix in reached for name in matrix.called}
+    targets = [] if isinstance(adapter.targets, str) else adapter.targets
+    total = sum(matrix.size for matrix in counted)
+    return Coverage(
+        len(reached),
+        len(counted),
+        sum(matrix.size for matrix in reached) / total if total else 0.0,
+        [matrix.name.removesuffix(".weight") for matrix in counted if matrix not in reached],
+        [target for target in targets if target not in names],
+    )
 
 
 def trainable_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -122,6 +249,21 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
             f"the saved adapter holds {len(shapes)} tensors for {trained} trained ones, "
             f"{len(empty)} of them empty: {empty[:3]}"
         )
+
+
+@torch.no_grad()
+def read_adapter(model: PeftModel, folder: Path) -> int:
+    """Put what `save_adapter` wrote to `folder` into `model`, which has an adapter of the same recipe; return how many
+    tensors these are. Raises IngotError when names or shapes are others.
+    """
+    saved = load_file(folder / "adapter_model.safetensors")
+    places = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = sorted(saved.keys() ^ places.keys()) or [n for n, t in saved.items() if t.shape != places[n].shape]
+    if wrong:
+        raise IngotError(f"the adapter in {folder} is one of another model: {wrong[:3]}")
+    for name, tensor in saved.items():
+        places[name].copy_(tensor)
+    return len(saved)
 
 
 @torch.no_grad()

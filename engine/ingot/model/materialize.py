@@ -21,10 +21,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ingot.errors import IngotError
+from ingot.model.matrices import WRAPPERS
 from ingot.model.split import whole_because_tied
-
-# What peft puts between a base model's names.
-WRAPPERS = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
 
 
 class ShardReader:
