@@ -195,6 +195,9 @@ def test_packing_beyond_the_limit_or_without_one():
     assert over is not None
     assert over["bars"][0]["end"] == 1 and over["limit"] == pytest.approx(2 / 3)
     assert over["average"] == pytest.approx((1.5 + 0.75) / 2)
+    roomy = page.packing([[25, 25], [40]], 100)
+    assert roomy is not None
+    assert roomy["limit"] == 1 and roomy["bars"][0]["end"] == 0.5
     free = page.packing([[3], [6]], 0)
     assert free is not None and free["capacity"] == 6 and free["limit"] == 1
     assert page.packing([], 100) is None

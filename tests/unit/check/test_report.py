@@ -33,7 +33,10 @@ ALL_ENDS = (
 
 def test_comes_back_as_it_was():
     report = made(*ALL_ENDS)
-    assert reports.from_dict(json.loads(reports.as_json(report))) == report
+    back = reports.from_dict(json.loads(reports.as_json(report)))
+    assert back == report
+    assert [verdict.name for verdict in back.failures] == ["prompt-mask"]
+    assert all(isinstance(verdict.status, Status) for verdict in back.verdicts)
 
 
 def test_scripts_read_how_it_ended():
