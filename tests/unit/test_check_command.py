@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ingot import verbs
+from ingot.check.gate import PROOFS
 from ingot.check.verdict import Evidence, Report, Status, Verdict
+from ingot.check_command import MARKS
 from ingot.cli import app
 from ingot.errors import DataError
 from ingot.recipe import Recipe
@@ -151,3 +153,12 @@ def test_errors_end_as_those_of_other_verbs(recipe_file, monkeypatch):
     assert result.stdout == ""
     result = CliRunner().invoke(app, ["check", str(recipe_file), "--debug"])
     assert isinstance(result.exception, DataError)
+
+
+def test_every_status_has_its_word():
+    assert set(MARKS) == {status.value for status in Status}
+
+
+def test_the_manual_explains_every_proof():
+    manual = (Path(__file__).resolve().parents[2] / "docs" / "check.md").read_text(encoding="utf-8")
+    assert [name for name in PROOFS if f"| `{name}` |" not in manual] == []
