@@ -54,6 +54,12 @@ def source_ids(texts: Sequence[str], tokenizer: Tokenizer, longest: int) -> list
     return found
 
 
+def first_of_target(tokenizer: Tokenizer) -> int | None:
+    """The special token that the tokenizer puts before every target, if there is one."""
+    first = int(tokenizer(text_target="a")["input_ids"][0])
+    return first if first in special_ids(tokenizer) else None
+
+
 def collate_targets(
     rows: Sequence[Encoded], pad_id: int, *, flat: bool = False, multiple: int = 1, drawn: Drawn | None = None
 ) -> Batch:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ingot.data.example import Example
 from ingot.data.loader import microbatches
-from ingot.data.targets import source_ids
+from ingot.data.targets import first_of_target, source_ids
 from ingot.evaluation.measure import Tick, make_items
 from ingot.evaluation.runner import Evaluation, evaluate_texts
 from ingot.model.load import Tokenizer, pad_id
@@ -48,9 +48,12 @@ def write(
     """The most likely next token, up to `max_new_tokens` times, for each of `sources`; texts in their order.
 
     `tokens_per_batch` counts the padding of sources and what may be written. What the model's own generation settings
-    force (a first token, no repeats) holds here too.
+    force (a first token, no repeats) holds here too; where they name no first token, the tokenizer's for targets does
+    (NLLB: the language to write).
     """
     device = next(model.parameters()).device
+    forced = getattr(getattr(model, "generation_config", None), "forced_bos_token_id", None)
+    forced = first_of_target(tokenizer) if forced is None else forced
     lengths = [len(ids) + max_new_tokens for ids in sources]
     budget = max(tokens_per_batch, max(lengths, default=0))
     texts = [""] * len(sources)
@@ -63,6 +66,7 @@ def write(
             do_sample=False,
             num_beams=1,
             pad_token_id=pad_id(tokenizer),
+            forced_bos_token_id=forced,
         )
         for index, text in zip(part, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
             texts[index] = text.strip()

@@ -9,11 +9,14 @@ Two conventions, never mixed:
 
 Both count attention's two products over the tokens that a token sees: half of a row's pairs where it is causal.
 Neither counts padding, nor what gradient checkpointing computes again: that is in `hardware` alone.
+
+An encoder-decoder's rows are a source and a target. How many targets all rows have together is known, so a row's are
+taken for the same share of it: exact for matrices, near for attention.
 """
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,6 +53,9 @@ PEAKS: tuple[tuple[str, float], ...] = (
     ("mi250x", 383e12),
 )
 HEADS = {"classifier", "score"}
+# What a decoder looks at its source with, and what of it reads the source.
+CROSS = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn"}
+KEYS = {"k", "v", "k_proj", "v_proj", "key", "value"}
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
@@ -62,15 +68,20 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """`width`: heads x head size. `window`: the most tokens that a token sees, None for all."""
+    """`width`: heads x head size. `window`: the most tokens that a token sees, None for all. `reads`: of an
+    encoder-decoder the source, the target, or the source from the target (cross).
+    """
 
     width: int
     causal: bool
     window: int | None
+    reads: Literal["row", "source", "target", "cross"] = "row"
 
-    def forward(self, lengths: NDArray[np.int64]) -> float:
-        """Operations of both products, for rows of `lengths` tokens."""
-        tokens = lengths.astype(np.float64)
+    def forward(self, lengths: NDArray[np.int64], share: float = 1.0) -> float:
+        """Operations of both products, for rows of `lengths` tokens; `share` of each is its target."""
+        if self.reads == "cross":
+            return float(4 * self.width * share * (1 - share) * (lengths.astype(np.float64) ** 2).sum())
+        tokens = {"row": 1.0, "source": 1 - share, "target": share}[self.reads] * lengths.astype(np.float64)
         seen = tokens if self.window is None else np.minimum(tokens, self.window)
         pairs = seen * tokens - seen**2 / 2 if self.causal else seen * tokens
         return float(4 * self.width * pairs.sum())
@@ -80,7 +91,8 @@ class AttentionShape:
 class Flops:
     """Sizes of what tokens are multiplied with. `body`: by every token; `head`: by targets. Counted once for all ranks.
 
-    A mixture's experts count as far as one token meets them.
+    A mixture's experts count as far as one token meets them. Of an encoder-decoder `source` is multiplied with the
+    source, and `body` with the target; None for other models.
     """
 
     frozen_body: float
@@ -88,36 +100,49 @@ class Flops:
     frozen_head: float
     trained_head: float
     attention: tuple[AttentionShape, ...]
+    source: tuple[float, float] | None = None  # frozen, trained
 
     @classmethod
     def of(cls, model: nn.Module) -> "Flops":
         """Read a model's matrices; layers that are only looked up (embeddings) do not count."""
         unwrap: Any = getattr(model, "get_base_model", lambda: model)
         head = getattr(unwrap(), "get_output_embeddings", lambda: None)()
-        sizes = {(trained, is_head): 0.0 for trained in (False, True) for is_head in (False, True)}
+        two = bool(getattr(getattr(unwrap(), "config", None), "is_encoder_decoder", False))
+        sizes = {(trained, where): 0.0 for trained in (False, True) for where in ("body", "head", "source")}
         for name, module in model.named_modules():
-            parts = name.split(".")
+            parts = set(name.split("."))
             if "original_module" in parts or isinstance(module, nn.Embedding):
                 continue  # peft keeps what it made a trainable copy of
-            is_head = module is head or bool(HEADS & set(parts))
+            where = "head" if module is head or HEADS & parts else "body"
+            if two and ("encoder" in parts or (CROSS & parts and KEYS & parts)):
+                where = "source"
             for weight, size in _matrices(module, model):
-                sizes[weight.requires_grad, is_head] += size
-        attention = tuple(_attention(module) for module in model.modules() if hasattr(module, "is_causal"))
-        return cls(sizes[False, False], sizes[True, False], sizes[False, True], sizes[True, True], attention)
+                sizes[weight.requires_grad, where] += size
+        attention = tuple(
+            _attention(module, set(name.split(".")), two)
+            for name, module in model.named_modules()
+            if hasattr(module, "is_causal")
+        )
+        body, heads = (sizes[False, "body"], sizes[True, "body"]), (sizes[False, "head"], sizes[True, "head"])
+        return cls(*body, *heads, attention, (sizes[False, "source"], sizes[True, "source"]) if two else None)
 
     def step(self, lengths: NDArray[np.int64], targets: int) -> dict[str, float]:
         """Operations of a step over rows of `lengths` tokens with `targets` targets in all, by convention."""
-        tokens = float(lengths.sum())
-        attention = sum(shape.forward(lengths) for shape in self.attention)
+        total = float(lengths.sum())
+        tokens = total if self.source is None else float(targets)
+        frozen, trained = self.source or (0.0, 0.0)
+        attention = sum(shape.forward(lengths, targets / total) for shape in self.attention)
+        read = (frozen + trained) * (total - tokens)  # multiplications with the source
         body, head = self.frozen_body + self.trained_body, self.frozen_head + self.trained_head
         needed = (4 * self.frozen_body + 6 * self.trained_body) * tokens
+        needed += (4 * frozen + 6 * trained) * (total - tokens)
         needed += (4 * self.frozen_head + 6 * self.trained_head) * targets + 3 * attention
         return {
-            "6n": 6 * (body + head) * tokens + 3 * attention,
+            "6n": 6 * (body + head) * tokens + 6 * read + 3 * attention,
             "lora_aware": needed,
             # The blocks' forward pass once more; the head is outside of them. (torch leaves out a block's last product,
             # as nothing in the backward pass needs its result.)
-            "hardware": needed + 2 * body * tokens + attention,
+            "hardware": needed + 2 * body * tokens + 2 * read + attention,
         }
 
 
@@ -137,8 +162,14 @@ def _matrices(module: nn.Module, model: nn.Module) -> list[tuple[Tensor, float]]
     return found
 
 
-def _attention(module: Any) -> AttentionShape:
+def _attention(module: Any, parts: set[str], two: bool) -> AttentionShape:
+    """`parts` of the module's name; `two`: it is in an encoder-decoder."""
     config = module.config
     size = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = getattr(module, "inner_dim", None) or size * config.num_attention_heads  # T5 says how wide it is
     window = getattr(module, "sliding_window", None)
-    return AttentionShape(size * config.num_attention_heads, bool(module.is_causal), window)
+    if not two:
+        return AttentionShape(width, bool(module.is_causal), window)
+    if CROSS & parts:
+        return AttentionShape(width, False, window, "cross")
+    return AttentionShape(width, bool(module.is_causal), window, "source" if "encoder" in parts else "target")

@@ -49,6 +49,9 @@ class Load:
         n_rows = len(batch.row_lengths or batch.ids_BT)
         longest = max(batch.row_lengths or (batch.ids_BT.shape[1],))
         targets = batch.n_targets if batch.row_labels is not None else _kept(batch)
+        if batch.targets_BU is not None:  # a decoder's tokens, all of which go through the head
+            targets = batch.targets_BU.numel()
+            return cls(batch.ids_BT.numel() + targets, n_rows, longest + batch.targets_BU.shape[1], targets)
         return cls(batch.ids_BT.numel(), n_rows, longest, targets)
 
 
