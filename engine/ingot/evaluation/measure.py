@@ -26,7 +26,15 @@ from ingot.registry import resolve
 Row = TypeVar("Row")
 Tick = Callable[[int], None]
 # Kind of rows -> (name, model, tokenizer, examples, labels, recipe, tick, started) -> Evaluation; the others are below.
-MEASURES: dict[str, str] = {}
+MEASURES: dict[str, str] = {
+    "summarization": "ingot.evaluation.targets:measure_targets",
+    "translation": "ingot.evaluation.targets:measure_targets",
+    "preference": "ingot.evaluation.preferences:measure_preferences",
+    "multi-label-classification": "ingot.evaluation.pointing:measure_label_sets",
+    "token-classification": "ingot.evaluation.pointing:measure_tags",
+    "question-answering": "ingot.evaluation.pointing:measure_answers",
+    "fill-mask": "ingot.evaluation.pointing:measure_masked",
+}
 
 
 def choose(examples: Sequence[Row], recipe: Recipe) -> list[Row]:
@@ -80,7 +88,7 @@ def measure(
         return found
     items = make_items(examples, tokenizer, recipe, context_limit(model))
     if task == "text-classification":
-        rows = [row.ids for row in _encoded(tokenizer, examples, labels, recipe)]
+        rows = [row.ids for row in encoded_rows(tokenizer, examples, labels, recipe)]
         probabilities = class_probabilities(model, rows, pad_id(tokenizer), recipe.evaluate.tokens_per_batch, tick)
         chosen = [labels[max(range(len(row)), key=row.__getitem__)] for row in probabilities]
         return evaluate_texts(name, items, chosen, recipe.evaluate, task, started)
@@ -98,9 +106,10 @@ def measure(
     return evaluate_texts(name, items, [answer.text.strip() for answer in answers], recipe.evaluate, task, started)
 
 
-def _encoded(
+def encoded_rows(
     tokenizer: Tokenizer, examples: Sequence[Example], labels: tuple[str, ...], recipe: Recipe
 ) -> list[Encoded]:
+    """Test rows, encoded. Raises RecipeError when one loses what it is measured on."""
     rows, dropped = encode_all(examples, tokenizer, recipe.data, recipe.objective, labels)
     if len(rows) != len(examples):
         raise RecipeError(
@@ -111,7 +120,8 @@ def _encoded(
     return rows
 
 
-def _batches(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
+def row_batches(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
+    """Places of the rows of each padded batch of at most `tokens` tokens, long rows first."""
     lengths = [len(row.ids) for row in rows]
     return microbatches([[index] for index in range(len(rows))], lengths, 0, 1, max(tokens, max(lengths)), flat=False)
 
@@ -120,10 +130,10 @@ def _row_losses(
     model: nn.Module, tokenizer: Tokenizer, examples: Sequence[Example], recipe: Recipe, tick: Tick
 ) -> tuple[list[float], list[int]]:
     """Summed negative log-likelihood in nats, and number of predicted tokens, of each row."""
-    rows = _encoded(tokenizer, examples, (), recipe)
+    rows = encoded_rows(tokenizer, examples, (), recipe)
     device = next(model.parameters()).device
     sums, counts = [0.0] * len(rows), [0] * len(rows)
-    for part in _batches(rows, recipe.evaluate.tokens_per_batch):
+    for part in row_batches(rows, recipe.evaluate.tokens_per_batch):
         batch = collate([rows[i] for i in part], pad_id(tokenizer))
         assert batch.attention_BT is not None
         logits_BTV = logits_of(

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from ingot.errors import IngotError, RecipeError
+from ingot.evaluation.chrf import chrf_counts, chrf_of
+from ingot.evaluation.entities import entities_undefined
 from ingot.recipe import Evaluate
 from ingot.registry import nearest
 
@@ -118,6 +120,15 @@ def _bleu_undefined(references: References) -> str | None:
     if all(len(words_of(r).split()) < MAX_NGRAM_ORDER for refs in references for r in refs):
         return f"no reference has {MAX_NGRAM_ORDER} words, so nothing can match; use exact_match"
     return None
+
+
+def chrf(predictions: Sequence[str], references: References) -> Statistic:
+    """Corpus chrF; see chrf.py."""
+    return Statistic(chrf_counts(predictions, references), chrf_of)
+
+
+def _chrf_undefined(references: References) -> str | None:
+    return "a reference is empty; remove its row" if any(not r.strip() for refs in references for r in refs) else None
 
 
 def _streams(references: References) -> list[list[str | None]]:
@@ -264,7 +275,11 @@ def perplexity_of(sums: Array) -> Array:
 
 
 def _not_from_text(predictions: Sequence[str], references: References) -> Statistic:
-    raise IngotError("perplexity and loss come from a model's likelihoods, not from its answers")
+    raise IngotError("perplexity, loss and what a model points out do not come from written answers")
+
+
+def _no_labels(references: References) -> str | None:
+    return "no row has a label" if all(json.loads(text) == [] for texts in references for text in texts) else None
 
 
 # --- the table ---
@@ -275,6 +290,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("exact_match", "answer equals the reference, blanks around it aside", exact_match),
         Metric("bleu", "corpus BLEU, 0 to 100", bleu, _bleu_undefined, unit_interval=False, decimals=1),
+        Metric("chrf", "character n-gram F, 0 to 100", chrf, _chrf_undefined, unit_interval=False, decimals=1),
         Metric("rouge1", "unigram F1", rouge("rouge1"), _rouge_undefined),
         Metric("rouge2", "bigram F1", rouge("rouge2"), _rouge_undefined),
         Metric("rougeL", "longest common subsequence F1", rouge("rougeL"), _rouge_undefined),
@@ -294,16 +310,46 @@ METRICS: dict[str, Metric] = {
             decimals=2,
         ),
         Metric("loss", "mean loss per token in nats", _not_from_text, higher_is_better=False, unit_interval=False),
+        Metric("f1_micro", "F1 of all labels together", _not_from_text, _no_labels),
+        Metric("subset_accuracy", "share of rows whose labels are all right", _not_from_text),
+        Metric("entity_f1", "F1 of entities, words and type right", _not_from_text, entities_undefined),
+        Metric("entity_precision", "share of predicted entities that are real", _not_from_text, entities_undefined),
+        Metric("entity_recall", "share of real entities that are found", _not_from_text, entities_undefined),
+        Metric("token_accuracy", "share of words with the right tag", _not_from_text),
+        Metric("squad_exact_match", "answer is a right one, but for case, articles and punctuation", _not_from_text),
+        Metric("squad_f1", "F1 of the answer's words, best right answer", _not_from_text),
+        Metric("masked_accuracy", "share of hidden tokens that are told", _not_from_text),
+        Metric("preference_accuracy", "share of pairs whose preferred answer comes out ahead", _not_from_text),
+        Metric(
+            "preference_margin",
+            "mean lead of the preferred answer: log-probability in nats, or score",
+            _not_from_text,
+            unit_interval=False,
+            decimals=2,
+        ),
     )
 }
 CLASS_METRICS = ("accuracy", "f1_macro", "f1_weighted")
 LIKELIHOOD_METRICS = ("perplexity", "loss")
-TEXT_METRICS = tuple(name for name in METRICS if name not in (*CLASS_METRICS, *LIKELIHOOD_METRICS))
+PREFERENCE_METRICS = ("preference_accuracy", "preference_margin")
+ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
+POINTING_METRICS: dict[str, tuple[str, ...]] = {
+    "multi-label-classification": ("f1_micro", "f1_macro", "subset_accuracy"),
+    "token-classification": (*ENTITY_METRICS, "token_accuracy"),
+    "question-answering": ("squad_exact_match", "squad_f1"),
+    "fill-mask": ("masked_accuracy", "perplexity"),
+}
+_OTHERS = {*CLASS_METRICS, *LIKELIHOOD_METRICS, *PREFERENCE_METRICS}.union(*POINTING_METRICS.values())
+TEXT_METRICS = tuple(name for name in METRICS if name not in _OTHERS)
 OF_TASK: dict[str, tuple[str, ...]] = {
     "chat-completion": TEXT_METRICS,
     "text-generation": TEXT_METRICS,
+    "summarization": TEXT_METRICS,
+    "translation": TEXT_METRICS,
     "text-classification": CLASS_METRICS,
     "language-modeling": LIKELIHOOD_METRICS,
+    "preference": PREFERENCE_METRICS,
+    **POINTING_METRICS,
 }
 
 
@@ -329,10 +375,16 @@ def _defaults(task: str, references: References) -> tuple[str, ...]:
     if task == "chat-completion":
         objects = _json_undefined(references) is None
         return ("json_exact_match", "json_argument_f1", "json_valid") if objects else ("exact_match",)
+    if task == "token-classification":
+        return ("token_accuracy",) if entities_undefined(references) else ENTITY_METRICS
     own: dict[str, tuple[str, ...]] = {
+        **POINTING_METRICS,
         "text-generation": ("bleu", "rougeL"),
+        "summarization": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+        "translation": ("bleu", "chrf"),
         "text-classification": ("accuracy", "f1_macro"),
         "language-modeling": ("perplexity",),
+        "preference": PREFERENCE_METRICS,
     }
     return own[task]
 

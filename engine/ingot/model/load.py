@@ -1,5 +1,6 @@
 """A recipe's model section -> tokenizer and model, from safetensors on this disk."""
 
+import inspect
 import json
 import platform
 from collections.abc import Callable
@@ -142,11 +143,13 @@ def load_model(
     kind = KINDS.get(task, AutoModelForCausalLM)
     if task == "token-classification":
         _name_outputs(config, labels)
+    if task == "question-answering":
+        config.num_labels = 2  # where the answer begins, and where it ends
     try:
         if random:
             return kind.from_config(config, dtype=dtype, **options)  # type: ignore[no-any-return]
         # A head of another size than the task's is drawn anew; what writes text has the one head that it came with.
-        options["ignore_mismatched_sizes"] = task == "token-classification"
+        options["ignore_mismatched_sizes"] = task in ("token-classification", "question-answering")
         options |= {"local_files_only": True, "use_safetensors": True}
         return read(kind, path, config=config, dtype=dtype, **options)
     except ValueError as error:
@@ -200,6 +203,14 @@ def _load_classifier(
     return MeanPoolClassifier(loaded, len(config.id2label))
 
 
+def knows_segments(model: nn.Module) -> bool:
+    """Whether the model is told a first segment of a row from a second one (`token_type_ids`)."""
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)  # peft's wrapper takes anything and hides the names
+    base: Any = unwrap()
+    kinds = getattr(base.config, "type_vocab_size", 2)
+    return kinds > 1 and "token_type_ids" in inspect.signature(base.forward).parameters
+
+
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) numbers of weights; tied ones count once, quantized ones as what they stand for."""
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -215,5 +226,7 @@ def pad_id(tokenizer: Tokenizer) -> int:
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """The logits in whatever a model's forward returned, as float32."""
+    """The logits in whatever a model's forward returned, as float32. Of an answer's place [B, T, 2]."""
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], dim=-1).float()
     return (output if isinstance(output, torch.Tensor) else output.logits).float()

@@ -104,12 +104,14 @@ def class_probabilities(
     tokens_per_batch: int,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[list[float]]:
-    """Token ids of each text -> probabilities [C] of each, in input order.
+    """Token ids of each text -> probabilities [C] of each, in input order. Where a text may have several classes
+    (`problem_type` of the configuration), each is by itself.
 
     Batches hold texts of similar length, at most `tokens_per_batch` tokens counting padding (at least one text).
     `progress` gets the number
     of texts that each batch finished.
     """
+    several = getattr(model.config, "problem_type", None) == "multi_label_classification"  # type: ignore[union-attr]
     configured = getattr(model.config, "pad_token_id", None)  # type: ignore[union-attr]
     # Decoders find the last token by comparing with the configured padding id; without one they take single rows.
     single = configured is None and not isinstance(model, MeanPoolClassifier)
@@ -125,6 +127,7 @@ def class_probabilities(
         mask_BT = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
         output = model(input_ids=ids_BT, attention_mask=mask_BT)
         logits_BC = output if isinstance(output, Tensor) else output.logits
-        found |= dict(zip(batch, torch.softmax(logits_BC.float(), -1).tolist(), strict=True))
+        shares_BC = logits_BC.float().sigmoid() if several else logits_BC.float().softmax(-1)
+        found |= dict(zip(batch, shares_BC.tolist(), strict=True))
         progress(len(batch))
     return [found[index] for index in range(len(rows))]

@@ -1,20 +1,23 @@
 """Data sets that this package writes itself, from a seed: the same rows on every machine, in every process.
 
 `tool-calls`: a request in words -> a JSON tool call, split by sentence pattern. `tool-preferences`: the same, with a
-wrong call beside the right one. `nano-copying` and `nano-corpus`: short dialogues that `ingot://nano` is pretrained on,
+wrong call beside the right one. `letters`: customers' letters and the topics in them. `people`: a question about
+somebody, and a text to find the answer in. `nano-copying` and `nano-corpus`: short dialogues that `ingot://nano` is pretrained on,
 in this order.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from ingot.data.synthetic import corpus, preferences, tool_calls
+from ingot.data.synthetic import corpus, letters, people, preferences, tool_calls
 from ingot.errors import DataError
 from ingot.registry import nearest
 
 _SETS = {
     "tool-calls": (tool_calls.SIZES, tool_calls.rows),
     "tool-preferences": (preferences.SIZES, preferences.rows),
+    "letters": (letters.SIZES, letters.rows),
+    "people": (people.SIZES, people.rows),
     "nano-copying": (corpus.COPYING_SIZES, corpus.copying_rows),
     "nano-corpus": (corpus.SIZES, corpus.rows),
 }
