@@ -1,7 +1,7 @@
 """A recipe -> the model that trains; what was trained -> what is exported."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,14 @@ from ingot.model import adapters
 from ingot.model.export import export_model, probes
 from ingot.model.load import load_model, parameter_counts, read_whole, resolve_dtype
 from ingot.model.materialize import ShardReader
+from ingot.model.matrices import matrices
 from ingot.model.quantize import quantized, rounded
 from ingot.parallel import fsdp
 from ingot.parallel.sharded import MODEL, OPTIMIZER, recompute_blocks
 from ingot.preparation import QUIET, Prepared
 from ingot.progress import Progress
 from ingot.ranks import Ranks, pick_device, read_ranks
-from ingot.recipe import Parallel, Recipe
+from ingot.recipe import Parallel, Quantization, Recipe
 from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
 from ingot.runfolder import Run
 from ingot.train.loop import Fitted
@@ -69,6 +70,7 @@ def build(
         read=reader or read_whole,
     )
     if recipe.quantization.kind != "none":
+        _note_unquantized(model, recipe, progress)
         model = (quantized if cut else rounded)(model, recipe.quantization)
     model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, recipe.train.seed)
     if recipe.train.gradient_checkpointing:
@@ -78,6 +80,16 @@ def build(
         return Built(model, {}, reader.fill)
     initial = {} if full else {name: p.detach().cpu().clone() for name, p in adapters.trainable_tensors(model)}
     return Built(model, initial)
+
+
+def _note_unquantized(model: nn.Module, recipe: Recipe, progress: Progress) -> None:
+    """Only linear layers are quantized: say so where most of the model are experts."""
+    found = matrices(model)
+    experts = sum(matrix.size for matrix in found if matrix.kind == "experts")
+    if experts:
+        share = experts / sum(matrix.size for matrix in found)
+        kind = recipe.quantization.kind
+        progress.note(f"quantization.kind={kind}: {share:.0%} of the weights are fused experts and stay in full size")
 
 
 def _whole_because(recipe: Recipe) -> str | None:
@@ -147,6 +159,7 @@ def export(
         rows = [watched[index] for index in range(min(4, len(watched)))]
         decoder = recipe.objective.task in SEQUENCE_TO_SEQUENCE
         probed = probes(rows, next(model.parameters()).device, decoder=decoder)
+        tuned = adapters.answers(model, probed) if recipe.quantization.kind != "none" else []
         model, facts["merge_difference"] = adapters.merge(model, probed)
     # As in training: a model rebuilt in CPU memory beside a GPU is exported in the GPU's type.
     dtype = resolve_dtype(recipe.model.dtype, pick_device(read_ranks()))
@@ -160,4 +173,25 @@ def export(
         "base_model": recipe.model.source,
     }
     export_model(model, prepared.tokenizer, run.model, dtype, described)
+    if recipe.quantization.kind != "none":
+        model.to("meta")  # what is exported gives its memory to the other base
+        labels = prepared.facts.labels
+        facts["merge_difference_full_base"] = over_full_base(recipe, run.home, labels, run.adapter, probed, tuned)
     return facts
+
+
+def over_full_base(
+    recipe: Recipe,
+    home: Path,
+    labels: tuple[str, ...],
+    folder: Path,
+    probed: Sequence[dict[str, Tensor]],
+    tuned: Sequence[Tensor],
+) -> float:
+    """How far what people get who merge the adapter in `folder` into the base in full size is from the logits `tuned`
+    of what was trained over a quantized one, on `probed`; as a share of these logits. Reads the base once more.
+    """
+    full = recipe.model_copy(update={"quantization": Quantization()})
+    model: Any = build(full, home, labels, Ranks(), cut=False).model
+    model.to(tuned[0].device)
+    return adapters.merge_onto(model, folder, probed, tuned)

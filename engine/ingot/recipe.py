@@ -59,7 +59,8 @@ class Adapter(Section):
     dora: bool = False
     """Weight-decomposed adaptation (Liu et al. 2024)."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Which linear layers: all but the output head, or names such as `[q_proj, v_proj]`."""
+    """Which weights: all linear layers and fused experts but the output head, or names such as `[q_proj, v_proj]`;
+    `experts` are all fused experts. A head or embedding that is named and tied to the other is untied."""
 
 
 class Quantization(Section):

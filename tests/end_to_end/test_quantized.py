@@ -18,6 +18,7 @@ def test_exported_model_is_the_trained_one(ingot, project, kind):
     assert done.code == 0, done.err
     facts = json.loads((project.run / "run.json").read_text())["stages"]["finetune"]
     assert facts["merge_difference"] < 1e-4
+    assert 1e-3 < facts["merge_difference_full_base"] < 0.5  # another base than it learned over
     base = AutoModelForCausalLM.from_pretrained(project.values["model"]["source"])
     assert facts["parameters"] - facts["trainable_parameters"] == sum(p.numel() for p in base.parameters())
     merged = AutoModelForCausalLM.from_pretrained(project.run / "model")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from ingot.errors import IngotError, RecipeError
+from ingot.errors import IngotError
 from ingot.model.adapters import attach_adapter, dead_tensors, merge, trainable_tensors
 from ingot.model.quantize import quantized, rounded
 from ingot.recipe import Adapter, Quantization
@@ -25,7 +25,7 @@ def adapted(model, **options):
     model = attach_adapter(model, Adapter(rank=4, **options), "chat-completion", seed=0)
     with torch.no_grad():
         for name, parameter in trainable_tensors(model):
-            if "lora_B" in name:
+            if "lora_B" in name or "embedding_A" in name:
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
     return model
 
@@ -63,15 +63,21 @@ def test_merged_onto_the_base_that_it_was_trained_on(cells, kind):
 def test_fused_experts_are_not_left_out_without_a_word(cells):
     size = {key: value for key, value in cells.SMALL.items() if key != "tie_word_embeddings"}
     model = MixtralForCausalLM(MixtralConfig(**size, num_local_experts=4, num_experts_per_tok=2))
-    with pytest.raises(RecipeError, match=r"experts in fused tensors such as .*name the layers to adapt: \[.*q_proj"):
-        attach_adapter(model, Adapter(), "chat-completion", seed=0)
+    reached = {name for name, _ in trainable_tensors(adapted(model))}
+    assert sum("experts" in name for name in reached) == 8  # A and B of two tensors in two layers
+    model = MixtralForCausalLM(MixtralConfig(**size, num_local_experts=4, num_experts_per_tok=2))
     attention_only = attach_adapter(model, Adapter(targets=["q_proj", "v_proj"]), "chat-completion", seed=0)
     assert all("self_attn" in name for name, _ in trainable_tensors(attention_only))
 
 
-def test_an_adapter_on_the_head_is_refused(cells):
-    with pytest.raises(RecipeError, match=r"adapter.targets.*lm_head"):
-        attach_adapter(cells.small_model("llama"), Adapter(targets=["lm_head"]), "chat-completion", seed=0)
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_a_tied_head_is_not_lost_at_merge(cells, end, tmp_path):
+    model = adapted(cells.small_model("llama"), targets=[end])
+    tuned = model(**PROBE).logits
+    assert (tuned - cells.small_model("llama")(**PROBE).logits).abs().max() > 0.1
+    merged, _ = merge(model, [PROBE])
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(LlamaForCausalLM.from_pretrained(tmp_path)(**PROBE).logits, tuned, rtol=0, atol=1e-4)
 
 
 def test_tied_embeddings_survive_full_fine_tuning(cells, tmp_path):

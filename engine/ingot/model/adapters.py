@@ -267,22 +267,27 @@ def read_adapter(model: PeftModel, folder: Path) -> int:
 
 
 @torch.no_grad()
-def merge(model: PeftModel, probes: Sequence[dict[str, Tensor]]) -> tuple[nn.Module, float]:
-    """Fold the adapter into the base weights; return the plain model and the largest relative difference of logits.
+def answers(model: nn.Module, probes: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """Float32 logits of each of `probes`, which are keyword arguments of forward; without dropout."""
+    model.eval()
+    return [logits_of(model(**probe)) for probe in probes]
 
-    `probes` are keyword arguments of forward. The difference is max|merged - unmerged| / max|unmerged| over all of
-    them; over
-    0.001 (float32) or 0.05 (bfloat16) raises IngotError, because the merged model would not be the one that was
+
+def apart(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """max|after - before| / max|before| of the worst of all probes."""
+    pairs = zip(before, after, strict=True)
+    return max((((new - old).abs().max() / old.abs().max().clamp_min(1e-6)).item() for old, new in pairs), default=0.0)
+
+
+def merge(model: PeftModel, probes: Sequence[dict[str, Tensor]]) -> tuple[nn.Module, float]:
+    """Fold the adapter into the base weights; return the plain model and how far `apart` its logits are on `probes`.
+
+    Over 0.001 (float32) or 0.05 (bfloat16) raises IngotError, because the merged model would not be the one that was
     trained.
     """
-    model.eval()
-    before = [logits_of(model(**probe)) for probe in probes]
-    merged = model.merge_and_unload()
-    merged.eval()
-    worst = 0.0
-    for probe, old in zip(probes, before, strict=True):
-        new = logits_of(merged(**probe))
-        worst = max(worst, ((new - old).abs().max() / old.abs().max().clamp_min(1e-6)).item())
+    before = answers(model, probes)
+    merged: nn.Module = model.merge_and_unload()
+    worst = apart(before, answers(merged, probes))
     dtype = next(merged.parameters()).dtype
     limit = 1e-3 if dtype == torch.float32 else 5e-2
     if not worst <= limit:
@@ -291,3 +296,12 @@ def merge(model: PeftModel, probes: Sequence[dict[str, Tensor]]) -> tuple[nn.Mod
             f"(at most {limit:g} for {dtype})"
         )
     return merged, worst
+
+
+def merge_onto(base: PeftModel, folder: Path, probes: Sequence[dict[str, Tensor]], tuned: Sequence[Tensor]) -> float:
+    """How far `apart` from `tuned`, the logits of what was trained, are those of the adapter in `folder` merged into
+    another base than it was trained over. `base` has an untrained adapter of the same recipe, and is used up.
+    """
+    read_adapter(base, folder)
+    merged: nn.Module = base.merge_and_unload()
+    return apart(tuned, answers(merged, probes))

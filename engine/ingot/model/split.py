@@ -118,7 +118,7 @@ def _split_adapter(name: str, module: Any, style: str, mesh: DeviceMesh, rank: i
     if len(module.lora_magnitude_vector):
         fix = f"its norms are those of whole rows, which parallel.tensor={mesh.size()} cuts; use false"
         raise RecipeError("adapter.dora", True, fix)
-    if style not in FACTORS:
+    if style not in FACTORS or hasattr(module, "parameter_name"):  # peft adds that one's update to the whole weight
         fix = (
             f"parallel.tensor={mesh.size()} cuts this layer as {style}, and no adapter can be cut with it; leave it out"
         )
