@@ -2,20 +2,21 @@
 
 `tool-calls`: a request in words -> a JSON tool call, split by sentence pattern. `tool-preferences`: the same, with a
 wrong call beside the right one. `letters`: customers' letters and the topics in them. `people`: a question about
-somebody, and a text to find the answer in. `nano-copying` and `nano-corpus`: short dialogues that `ingot://nano` is pretrained on,
-in this order.
+somebody, and a text to find the answer in. `errands`: a letter, and in a line what it asks for. `nano-copying` and
+`nano-corpus`: short dialogues that `ingot://nano` is pretrained on, in this order.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from ingot.data.synthetic import corpus, letters, people, preferences, tool_calls
+from ingot.data.synthetic import corpus, errands, letters, people, preferences, tool_calls
 from ingot.errors import DataError
 from ingot.registry import nearest
 
 _SETS = {
     "tool-calls": (tool_calls.SIZES, tool_calls.rows),
     "tool-preferences": (preferences.SIZES, preferences.rows),
+    "errands": (errands.SIZES, errands.rows),
     "letters": (letters.SIZES, letters.rows),
     "people": (people.SIZES, people.rows),
     "nano-copying": (corpus.COPYING_SIZES, corpus.copying_rows),
