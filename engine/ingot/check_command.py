@@ -79,11 +79,14 @@ def check(
 def show(report: "Report", out: Console, page: Path | None = None) -> None:
     """A line for each proof, the fixes of those that failed, what was sampled, how it ended, where the page is."""
     out.print(_table(report))
+    below = Table.grid(padding=(0, 2, 0, 0))
     for verdict in report.failures:
-        out.print(Text.assemble("\n", (f"{verdict.name}: ", "bold red"), verdict.fix))
-    out.print()
+        below.add_row(Text(f"mend {verdict.name}", style="bold red"), Text(verdict.fix))
     for sentence in report.sampled:
-        out.print(Text(sentence, style="dim"))
+        below.add_row(Text("sampled", style="dim"), Text(sentence, style="dim"))
+    out.print()
+    out.print(below)
+    out.print()
     out.print(_ending(report))
     if page is not None:
         out.print(f"report: {short(page)}", markup=False, highlight=False, soft_wrap=True)

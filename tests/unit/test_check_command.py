@@ -78,10 +78,11 @@ def test_a_line_for_each_proof_then_the_fixes(recipe_file, finds):
     assert proofs["prompt-mask"].startswith("✗ FAILED")
     assert proofs["no-leakage"].startswith("! waived")
     assert proofs["stop-token"].startswith("– n/a")
-    fix = lines.index("prompt-mask: set model.chat_template")
-    assert fix > max(map(lines.index, proofs.values()))
+    lines = [line.rstrip() for line in lines]
+    fix = lines.index("mend prompt-mask  set model.chat_template")
+    assert fix > max(lines.index(line.rstrip()) for line in proofs.values())
     assert not any("take the two rows out" in line for line in lines)  # waived: nothing to be done
-    assert "rows: 2,000 of 18,342 training rows, drawn with data.split_seed = 7" in lines[fix:]
+    assert "sampled           rows: 2,000 of 18,342 training rows, drawn with data.split_seed = 7" in lines[fix:]
     assert "✗ FAILED  small: 1 passed, 1 failed, 1 waived, 1 not applicable, in 12 s" in lines[fix:]
 
 

@@ -58,7 +58,7 @@ def headline(report: Report) -> str:
 def duration(seconds: float) -> str:
     """Seconds for people."""
     if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
@@ -77,12 +77,11 @@ def histogram(counts: Sequence[int]) -> dict[str, Any] | None:
     span = n_bins * width
     found = np.bincount((values - start) // width, minlength=n_bins).tolist()
     zeros = int((values == 0).sum())
-    # As the proof `trainable-tokens` measures them.
-    marks = [
-        ("minimum", low),
-        ("5th percentile", float(np.percentile(values, 5))),
-        ("median", float(np.median(values))),
-    ]
+    # As the proof `trainable-tokens` measures them. Those that fall together share a mark.
+    p5, median = np.percentile(values, [5, 50]).tolist()
+    marks: dict[float, str] = {}
+    for name, value in (("minimum", low), ("5th percentile", p5), ("median", median)):
+        marks[value] = f"{marks[value]}, {name}" if value in marks else name
     y_ticks = ticks(0, max(found))
     bars = [
         {
@@ -98,7 +97,9 @@ def histogram(counts: Sequence[int]) -> dict[str, Any] | None:
     ]
     return {
         "bars": [bar for bar in bars if bar["rows"]],
-        "marks": [{"name": name, "value": f"{value:,g}", "x": (value + 0.5 - start) / span} for name, value in marks],
+        "marks": [
+            {"name": name, "value": f"{value:,g}", "x": (value + 0.5 - start) / span} for value, name in marks.items()
+        ],
         "x_ticks": [(tick, (tick + 0.5 - start) / span) for tick in ticks(start, start + span - 1)],
         "y_ticks": [(tick, tick / max(found)) for tick in y_ticks],
         "rows": len(counts),
@@ -127,6 +128,7 @@ def packing(packs: Sequence[Sequence[int]], capacity: int) -> dict[str, Any] | N
         "average": sum(shares) / len(shares),
         "emptiest": min(shares),
         "rows": sum(map(len, packs)),
+        "pitch": min(26, max(12, 160 // len(packs))),  # few packs are drawn thicker; in the template's units
     }
 
 

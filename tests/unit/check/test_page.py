@@ -156,8 +156,10 @@ def test_histogram_counts_every_row_once(seed):
     assert max(bar["height"] for bar in found["bars"]) == 1
     assert len(found["bars"]) <= page.BINS
     p5, median = np.percentile(values, [5, 50])
-    assert [mark["value"] for mark in found["marks"]] == [f"{value:,g}" for value in (values.min(), p5, median)]
-    for mark, value in zip(found["marks"], (values.min(), p5, median), strict=True):
+    marked = {name: mark for mark in found["marks"] for name in mark["name"].split(", ")}
+    for name, value in (("minimum", values.min()), ("5th percentile", p5), ("median", median)):
+        mark = marked[name]
+        assert mark["value"] == f"{value:,g}"
         bar = next(bar for bar in found["bars"] if bar["first"] <= np.floor(value) <= bar["last"])
         assert bar["x"] <= mark["x"] <= bar["x"] + bar["width"] * 1.5
     assert all(0 <= share <= 1 for _, share in [*found["x_ticks"], *found["y_ticks"]])
@@ -171,6 +173,7 @@ def test_histogram_of_one_value_and_of_nothing():
     found = page.histogram([1, 1, 1])
     assert found is not None
     assert [(bar["first"], bar["rows"]) for bar in found["bars"]] == [(1, 3)]
+    assert [mark["name"] for mark in found["marks"]] == ["minimum, 5th percentile, median"]
     assert page.histogram([]) is None
     nothing_learned = page.histogram([0, 0])
     assert nothing_learned is not None and nothing_learned["bars"][0]["empty"]
@@ -212,6 +215,6 @@ def test_ticks_are_few_and_inside(extent):
     assert found == sorted(set(found))
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(0.21, "0.21 s"), (12.4, "12 s"), (75.0, "1 min 15 s")])
+@pytest.mark.parametrize(("seconds", "expected"), [(0.21, "0.2 s"), (12.4, "12 s"), (75.0, "1 min 15 s")])
 def test_duration(seconds, expected):
     assert page.duration(seconds) == expected
