@@ -69,7 +69,7 @@ def adapter_coverage(trial: Trial) -> Verdict:
 
 def _loss(trial: Trial, model: nn.Module, *, wrapped: bool = False) -> float:
     """The probe's loss, rows one below the other: an exported model knows nothing of rows end to end."""
-    sharded = trial.sharded if wrapped else on_one_rank(model, trial.subject)
+    sharded = trial.sharded if wrapped else on_one_rank(model, trial.subject, trial.sharded.teacher)
     with quiet(sharded.plain), torch.no_grad():
         parts = shares(trial.rows, trial.subject)
         return loss_of(sharded, trial.subject, parts, divisor_of(trial.rows), flat=False).item()

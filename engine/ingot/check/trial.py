@@ -18,7 +18,9 @@ from ingot.model.load import resolve_dtype
 from ingot.parallel.sharded import Sharded
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
+from ingot.train.distillation import load_teacher
 from ingot.train.objectives import OBJECTIVES
+from ingot.train.reference import referenced
 
 from .subject import Subject
 
@@ -46,14 +48,18 @@ def set_up(subject: Subject) -> Trial:
     recipe, rows = subject.alone, subject.probes
     labels = subject.prepared.facts.labels
     model = build(recipe, subject.home, labels, Ranks()).model
-    return Trial(subject, on_one_rank(model, subject), rows)
+    dtype = resolve_dtype(recipe.model.dtype, subject.device)
+    sharded = on_one_rank(model, subject, load_teacher(recipe, subject.home, subject.device, dtype))
+    return Trial(subject, sharded, referenced(sharded, rows, recipe, subject.prepared.rows.pad_id))
 
 
-def on_one_rank(model: nn.Module, subject: Subject) -> Sharded:
-    """`model` behind the loop's verbs."""
+def on_one_rank(model: nn.Module, subject: Subject, teacher: nn.Module | None = None) -> Sharded:
+    """`model` behind the loop's verbs, beside its teacher if it has one."""
     recipe = subject.alone
     dtype = resolve_dtype(recipe.model.dtype, subject.device)
-    return parallelize(model, Ranks(), recipe, subject.device, dtype)
+    sharded = parallelize(model, Ranks(), recipe, subject.device, dtype)
+    sharded.teacher = teacher
+    return sharded
 
 
 def shares(rows: Sequence[Encoded], subject: Subject, world: int = 1, budget: int | None = None) -> list[list[Encoded]]:

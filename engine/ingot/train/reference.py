@@ -7,7 +7,7 @@ a model that has learned since.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ingot.data.encoded import Encoded
 from ingot.data.loader import microbatches
 from ingot.data.pairs import pairs
 from ingot.data.plan import PlannedFeed
-from ingot.data.rows import EncodedRows
+from ingot.data.rows import EncodedRows, ListRows
 from ingot.errors import CheckpointError, RecipeError
 from ingot.parallel.sharded import Sharded
 from ingot.progress import Progress
@@ -94,6 +94,16 @@ def with_reference(
         on_main(lambda: _write(path, found, digest))
     held = {name: ReferencedRows(parts[name], values.cpu().numpy()) for name, values in found.items()}
     return replace(rows, train=rows.train.over(held["train"]), validation=held["validation"])
+
+
+def referenced(sharded: Sharded, rows: Sequence[Encoded], recipe: Recipe, pad_id: int) -> list[Encoded]:
+    """`rows` as dpo needs them, others as they are; for a trial of a model that has learned nothing yet."""
+    if recipe.objective.loss != "dpo":
+        return list(rows)
+    held = ListRows(rows)
+    logps_N2 = _logps(sharded, held, recipe, pad_id, lambda n: None).cpu().numpy()
+    known = ReferencedRows(held, logps_N2)
+    return [known[index] for index in range(len(held))]
 
 
 @torch.no_grad()
