@@ -92,8 +92,8 @@ def _outline(shape: Conversation, tokenizer: Tokenizer, index: int, specials: Se
         return None
     lead = _between(full, _marker(index - 1), _marker(index))
     tail, rest = _after(ended, _marker(index)), _after(full, _marker(index))
-    if lead is None or tail is None or rest is None or _MARKER in lead + tail:
-        return None  # a text is not written, or written twice, or another turn's is inside this one
+    if lead is None or tail is None or rest is None:
+        return None  # a text is not written, or written twice
     opening, closed = _opening(shape, tokenizer, index, lead), _end_of_turn(tail, rest, specials)
     return None if opening is None or closed is None else Outline(lead, opening, closed)
 

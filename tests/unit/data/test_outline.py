@@ -70,7 +70,7 @@ def test_texts_that_are_not_written_once_and_apart_are_refused(written, tiny_tok
 
 
 def test_what_the_answer_changes_elsewhere_is_refused(tiny_tokenizer):
-    note = "{% if 'bc' in messages[1].content %}<s>{% endif %}"
+    note = "{% if 'bc' in messages[1:2] | map(attribute='content') | join %}<s>{% endif %}"
     assert found(note + HEAD + "{{ m.content }}<|im_end|>\n" + FOOT, tiny_tokenizer, 1) is None
     assert found(note + HEAD + "{{ m.content }}<|im_end|>\n" + FOOT, tiny_tokenizer, 3) == "bc<|im_end|>\n"
 
@@ -90,3 +90,32 @@ def test_shapes_are_outlined_once(tiny_tokenizer):
         span = find_turn(chat, tiny_tokenizer, 1, render(chat, tiny_tokenizer, 2), outlines)
         assert span is not None
     assert len(outlines.known) == 1
+
+
+def test_a_reply_inside_the_turn_of_its_call_is_refused(tiny_tokenizer):
+    chat = Conversation((Message("user", "a"), Message("assistant", "b", (CALL,)), Message("tool", "ok")), where="f")
+    reply = "{% if loop.nextitem is defined and loop.nextitem.role == 'tool' %}{{ loop.nextitem.content }}{% endif %}"
+    turn = "{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n" + reply + "{{ m.content }}<|im_end|>{% endif %}"
+    assert found("{% for m in messages %}" + turn + FOOT, tiny_tokenizer, 1, chat) is None
+    without = turn.replace(reply, "")
+    assert found("{% for m in messages %}" + without + FOOT, tiny_tokenizer, 1, chat) == "b<|im_end|>"
+
+
+NOTE = "{% if m.role == 'assistant' and messages[0].content == 'a' %}note{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        HEAD + NOTE + "{{ m.content }}<|im_end|>" + FOOT,
+        HEAD + "{{ m.content }}" + NOTE + "<|im_end|>" + FOOT,
+        HEAD
+        + "{{ m.content }}<|im_end|>"
+        + FOOT
+        + "{% if 'bc' in messages[1:2] | map(attribute='content') | join %}<s>{% endif %}",
+    ],
+    ids=["before it", "behind it", "at the end"],
+)
+def test_what_texts_change_around_the_turn_is_refused(template, tiny_tokenizer):
+    assert found(template, tiny_tokenizer, 1) is None
+    assert found(template.replace("note", "").replace("<s>", ""), tiny_tokenizer, 1) == "bc<|im_end|>"
