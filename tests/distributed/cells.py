@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
 )
 
 from ingot.data.plan import PlannedFeed
@@ -62,7 +64,8 @@ class Died(Exception):
 def small_model(kind: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SMALL, **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="ingot")
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="ingot")
     with torch.no_grad():  # biases and norms start as zeros and ones, where many a mistake has no effect
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -86,6 +89,12 @@ def random_rows(n: int, seed: int, shortest: int = 4, longest: int = 24, *, two_
             ids = [draw.randrange(HALF, VOCABULARY) if number % 2 else draw.randrange(3, HALF) for _ in range(length)]
         rows.append(Encoded(ids, [position >= prompt for position in range(length)], None, f"row:{number}"))
     return rows
+
+
+def with_targets(rows: list[Encoded]) -> list[Encoded]:
+    """Rows for an encoder-decoder: what was a prompt is the source."""
+    splits = [(row, row.trainable.index(True)) for row in rows]
+    return [replace(row, parts=(prompt, len(row.ids) - prompt)) for row, prompt in splits]
 
 
 def recipe_of(sections: dict[str, dict[str, Any]]) -> Any:
@@ -147,9 +156,10 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
 
     sharded.step = step  # type: ignore[method-assign]
     lengths = cell.get("lengths", {})
+    make = with_targets if model.config.is_encoder_decoder else list
     rows = Rows(
-        PlannedFeed(ListRows(random_rows(60, 1, **lengths)), recipe.data, recipe.train),
-        ListRows(random_rows(7, 2, **lengths)),
+        PlannedFeed(ListRows(make(random_rows(60, 1, **lengths))), recipe.data, recipe.train),
+        ListRows(make(random_rows(7, 2, **lengths))),
         pad_id=0,
     )
     checkpoints = Checkpoints(out / cell.get("folder", cell["name"]), ranks, "hash", 3)
