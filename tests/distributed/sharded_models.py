@@ -59,6 +59,17 @@ CASES: dict[str, tuple[Any, dict[str, Any], bool]] = {
         {"adapter": {**LORA, "targets": ["q_proj", "v_proj"]}},
         True,
     ),
+    # Experts, dense layers that peft adapts as tensors beside them; a head that is untied from the embedding.
+    "experts all": (
+        ("qwen3_moe", AutoModelForCausalLM, {**EXPERTS, "mlp_only_layers": [0]}),
+        {"adapter": LORA},
+        True,
+    ),
+    "tied head": (
+        ("llama", AutoModelForCausalLM, {"tie_word_embeddings": True}),
+        {"adapter": {**LORA, "targets": ["lm_head", "embed_tokens"]}},
+        True,
+    ),
     "encoder full": (("bert", AutoModelForMaskedLM, {}), {"adapter": FULL, "task": "text-classification"}, True),
     "encoder lora": (("bert", AutoModelForMaskedLM, {}), {"adapter": LORA, "task": "text-classification"}, True),
     "new head": (("llama", AutoModelForCausalLM, {}), {"adapter": LORA, "task": "text-classification"}, True),

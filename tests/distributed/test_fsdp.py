@@ -23,7 +23,7 @@ TOLERANCE = 1e-5  # of each loss, float32
 STEPS = 6
 IN_PARTS = [
     "tied lora", "tied full", "untied full", "experts full", "experts lora", "encoder full", "encoder lora", "new head",
-    "trained head", "head of other size", "copies",
+    "trained head", "head of other size", "copies", "experts all", "tied head",
 ]  # fmt: skip
 WHOLE = {"random": "model.initialization=random", "dora": "adapter.dora"}
 
