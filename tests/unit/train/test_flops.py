@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -13,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    T5Config,
 )
 
 from ingot.model.adapters import attach_adapter
@@ -123,3 +126,34 @@ def test_attention_sees_half_a_row_or_its_window():
 def test_peaks_are_those_of_known_devices_only(name, peak):
     assert peak_flops(name, torch.bfloat16) == peak
     assert peak_flops(name, torch.float32) is None
+
+
+def encoder_decoder(kind):
+    sizes = {"vocab_size": 199, "d_model": 64, "decoder_start_token_id": 0}
+    if kind == "t5":
+        config = T5Config(**sizes, d_kv=24, d_ff=128, num_layers=12, num_heads=4)
+    else:
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+        layers = {"encoder_layers": 12, "decoder_layers": 12, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+        config = BartConfig(**sizes, **heads, **layers)
+    return AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_reads_sources_and_a_decoder_targets(kind, adapter):
+    model = attach_adapter(encoder_decoder(kind), Adapter(kind=adapter, rank=8), "translation", 0)
+    source, target = TOKENS - TARGETS, TARGETS
+    ids_BT = torch.randint(0, 90, (ROWS, TOKENS))
+    with FlopCounterMode(display=False) as counter:
+        output = model(input_ids=ids_BT[:, :source], decoder_input_ids=ids_BT[:, source:], use_cache=False)
+        output.logits.sum().backward()
+    flops = Flops.of(model)
+    ours = flops.step(LENGTHS, ROWS * target)
+    causal = [shape for shape in flops.attention if shape.causal]
+    assert [shape.reads for shape in causal] == ["target"] * 12
+    assert len(flops.attention) == 36
+    unneeded = 3 * sum(shape.forward(LENGTHS, target / TOKENS) for shape in causal)
+    assert ours["lora_aware"] + unneeded == pytest.approx(counter.get_total_flops(), rel=0.02)
+    everywhere = 6 * sum(p.numel() for p in model.parameters()) * ROWS * TOKENS
+    assert ours["6n"] < 0.8 * everywhere, "no token meets both halves"
