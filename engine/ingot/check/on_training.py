@@ -27,9 +27,6 @@ def everything_moves(trial: Trial) -> Verdict:
     name, sharded, recipe = "everything-moves", trial.sharded, trial.subject.recipe
     before = {key: p.detach().clone() for key, p in trainable_tensors(sharded.plain)}
     frozen = fingerprints(sharded.plain)
-    if not before:
-        fix = "set adapter.kind: lora, or none to train every weight"
-        return Verdict(name, Status.failed, "nothing is trainable: every tensor is frozen", fix)
     parts, divisor = shares(trial.rows, trial.subject, 1, recipe.train.tokens_per_microbatch), divisor_of(trial.rows)
     sharded.wrapped.train()
     norms, losses = [], []
@@ -159,6 +156,8 @@ def _embedded(sharded: Sharded) -> Iterator[list[Tensor]]:
 
     inner: Any = getattr(sharded.plain, "get_base_model", lambda: sharded.plain)()  # type: ignore[operator]
     owner = getattr(inner, "backbone", inner)
+    if owner.config.is_encoder_decoder:  # T5's own input embedding is never called, but the encoder's, which is tied
+        owner = owner.get_encoder()
     handle = owner.get_input_embeddings().register_forward_hook(keep)
     try:
         yield seen
