@@ -237,9 +237,10 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     )  # "auto" would ask the hub for the base's vocabulary size
     (folder / "README.md").unlink(missing_ok=True)  # peft's card template holds only blanks
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": base_name}, indent=2) + "\n", encoding="utf-8"
-    )
+    # peft keeps names in sets, whose order is another in each process
+    names = {key: sorted(config[key]) for key in ("target_modules", "target_parameters") if config.get(key)}
+    config |= names | {"base_model_name_or_path": base_name}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
     trained = sum(1 for _ in trainable_tensors(model))

@@ -86,6 +86,28 @@ def test_an_adapter_is_what_peft_saves(model_folder, tmp_path, more):
     torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
+def test_an_adapter_on_experts_and_a_tied_head(tiny_tokenizer, tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=32, moe_intermediate_size=8,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=64, mlp_only_layers=[0], tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "experts", "gate_proj", "lm_head", "embed_tokens"]
+    recipe = recipe_for(tmp_path / "base", adapter={"kind": "lora", "rank": 4, "targets": targets})
+    model, checkpoint = trained(recipe, tmp_path)
+    out = consolidate(checkpoint, tmp_path / "out", recipe, tmp_path)
+    adapters.save_adapter(model, tmp_path / "whole", str(tmp_path / "base"))
+    same_tensors(out / "adapter_model.safetensors", tmp_path / "whole" / "adapter_model.safetensors")
+    assert len(load_file(out / "adapter_model.safetensors")) == 2 * (2 + 2 + 1 + 1 + 1)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", tie_word_embeddings=False)
+    base.lm_head.weight.data.copy_(base.model.embed_tokens.weight)
+    loaded = PeftModel.from_pretrained(base, out).eval()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
 def test_a_classifiers_adapter_brings_its_head(head_folder, tmp_path):
     recipe = recipe_for(head_folder, "text-classification", adapter={"kind": "lora"}, model={"pooling": "head"})
     model, checkpoint = trained(recipe, tmp_path)
