@@ -21,7 +21,7 @@ from ingot.runfolder import versions
 from . import on_rows, on_saving, on_training
 from .leakage import Texts, no_leakage
 from .subject import Subject, draw
-from .trial import Trial, set_up
+from .trial import Frozen, Trial, set_up
 from .verdict import Report, Status, Verdict
 
 ON_ROWS: dict[str, Callable[[Subject], Verdict]] = {
@@ -76,23 +76,27 @@ def _all(subject: Subject, texts: Texts) -> Iterator[Verdict]:
     yield _timed(lambda: no_leakage(texts))
     try:
         trial = set_up(subject)
-    except RecipeError as error:  # what the recipe asks of the model: the adapter's targets, foremost
-        fix = error.fix
-        yield Verdict(
-            "adapter-coverage", Status.failed, f"{error.field} = {error.value!r}: {fix}", f"mend {error.field}"
-        )
-        reason = "the model could not be set up"
-        yield from (Verdict(name, Status.not_applicable, reason) for name in (*list(ON_MODEL)[1:], *SAVING))
+    except (RecipeError, Frozen) as error:  # what the recipe asks of the model: the adapter's targets, foremost
+        yield from _not_set_up(error)
         return
     for model_proof in ON_MODEL.values():
         yield _timed(lambda proof=model_proof: proof(trial))  # type: ignore[misc]
-    if not any(p.requires_grad for p in trial.sharded.plain.parameters()):
-        yield from (Verdict(name, Status.not_applicable, "nothing is trained") for name in SAVING)
-        return
     started = time.perf_counter()
     for verdict in on_saving.saved_and_merged(trial):
         yield replace(verdict, seconds=round(time.perf_counter() - started, 3))
         started = time.perf_counter()
+
+
+def _not_set_up(error: RecipeError | Frozen) -> Iterator[Verdict]:
+    frozen = isinstance(error, Frozen)
+    blamed, fix = "adapter-coverage", "mend what it names"
+    if frozen:
+        blamed, fix = "everything-moves", "set adapter.kind: lora, or none to train every weight"
+    for name in (*ON_MODEL, *SAVING):
+        if name == blamed:
+            yield Verdict(name, Status.failed, str(error), fix)
+        else:
+            yield Verdict(name, Status.not_applicable, "nothing is trained" if frozen else "the model was not set up")
 
 
 def _timed(proof: Callable[[], Verdict]) -> Verdict:

@@ -186,7 +186,7 @@ def right_labels(subject: Subject) -> Verdict:
     facts = {"rows": len(subject.rows), "wrong": len(wrong), "first": wrong[:LISTED], "labels": len(labels)}
     if wrong:
         because = f"{len(wrong):,} of {len(subject.rows):,} rows learn another label than theirs: {wrong[0]}"
-        return Verdict(name, Status.failed, because, "clear the cache (ingot cache clear) and report this", facts)
+        return Verdict(name, Status.failed, because, "clear the cache (ingot cache --clear) and report this", facts)
     return Verdict(name, Status.passed, f"{len(subject.rows):,} rows learn the labels that they hold", facts=facts)
 
 
@@ -247,9 +247,11 @@ def _read_only(example: Example) -> list[str]:
 
 def _to_learn(example: Example, subject: Subject) -> list[str]:
     if isinstance(example, Conversation):
-        turns = [turn for turn in example.messages if turn.role == "assistant" and getattr(turn, "learned", True)]
+        turns = [turn for turn in example.messages if turn.role == "assistant"]
         turns = turns[-1:] if subject.recipe.objective.train_on == "last-assistant" else turns
-        return [turn.content for turn in turns if turn.content.strip()]
+        # Templates drop the thoughts of earlier turns.
+        said = [turn.content.rpartition("</think>")[2] for turn in turns if turn.learned]
+        return [text for text in said if text.strip()]
     return [example.completion] if isinstance(example, PromptCompletion) else []
 
 

@@ -14,6 +14,7 @@ from ingot.model.export import export_model, probes
 from ingot.model.load import resolve_dtype
 from ingot.model.runtime import Runtime
 from ingot.ranks import Ranks
+from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
 
 from .trial import Trial, divisor_of, loss_of, on_one_rank, quiet, shares
 from .verdict import Status, Verdict
@@ -88,8 +89,9 @@ def _reread(trial: Trial, folder: Path) -> tuple[nn.Module, int]:
 
 def _merged(trial: Trial, model: Any, before: float, folder: Path, name: str) -> Verdict:
     device = next(model.parameters()).device
+    decoder = trial.subject.recipe.objective.task in SEQUENCE_TO_SEQUENCE
     try:
-        merged, difference = adapters.merge(model, probes(trial.rows[:4], device))
+        merged, difference = adapters.merge(model, probes(trial.rows[:4], device, decoder=decoder))
     except IngotError as error:
         fix = "use model.dtype: float32, or serve the adapter beside its base"
         return Verdict(name, Status.failed, str(error), fix)

@@ -23,6 +23,7 @@ from .verdict import Evidence, Shown
 
 SHOWN_ROWS = 8
 SHOWN_PACKS = 24
+MOST_PROBES = 8  # each is forwarded some ten times, alone and with others
 FEWEST_PROBES = 3  # isolation and accumulation say nothing about a single row
 
 
@@ -93,7 +94,7 @@ class Subject:
 
     @cached_property
     def probes(self) -> list[Encoded]:
-        """The shortest rows of the first steps, `check.max_probe_tokens` in all but at least FEWEST_PROBES."""
+        """The shortest rows of the first steps: MOST_PROBES or `check.max_probe_tokens`, but at least FEWEST_PROBES."""
         feed, budget = self.prepared.rows.train, self.recipe.check.max_probe_tokens
         rows: list[Encoded] = []
         for portion in islice(feed.start(Cursor()), 4):
@@ -102,7 +103,7 @@ class Subject:
                 break
         rows.sort(key=lambda row: len(row.ids))
         kept, total = rows[:FEWEST_PROBES], sum(len(row.ids) for row in rows[:FEWEST_PROBES])
-        for row in rows[FEWEST_PROBES:]:
+        for row in rows[FEWEST_PROBES:MOST_PROBES]:
             total += len(row.ids)
             if total > budget:
                 break

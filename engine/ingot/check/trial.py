@@ -13,6 +13,7 @@ from ingot.data.encoded import Encoded
 from ingot.data.loader import batches_of
 from ingot.data.plan import Cursor, Divisor, Portion
 from ingot.data.rows import ListRows
+from ingot.errors import IngotError
 from ingot.model.adapters import trainable_tensors
 from ingot.model.load import resolve_dtype
 from ingot.parallel.sharded import Sharded
@@ -43,11 +44,17 @@ class Trial:
         return exact if self.exact else rounded
 
 
+class Frozen(IngotError):
+    """Internal: the model has nothing to train."""
+
+
 def set_up(subject: Subject) -> Trial:
-    """Build the model as training would, on `subject.device`. Raises what building raises."""
+    """Build the model as training would, on `subject.device`. Raises what building raises, and Frozen."""
     recipe, rows = subject.alone, subject.probes
     labels = subject.prepared.facts.labels
     model = build(recipe, subject.home, labels, Ranks()).model
+    if not any(p.requires_grad for p in model.parameters()):
+        raise Frozen("nothing is trainable: every tensor is frozen")
     dtype = resolve_dtype(recipe.model.dtype, subject.device)
     sharded = on_one_rank(model, subject, load_teacher(recipe, subject.home, subject.device, dtype))
     return Trial(subject, sharded, referenced(sharded, rows, recipe, subject.prepared.rows.pad_id))
@@ -63,8 +70,9 @@ def on_one_rank(model: nn.Module, subject: Subject, teacher: nn.Module | None = 
 
 
 def shares(rows: Sequence[Encoded], subject: Subject, world: int = 1, budget: int | None = None) -> list[list[Encoded]]:
-    """The microbatches of all `world` ranks for a step of `rows`, one rank's after the other's. `budget`: tokens of one;
-    None: all of a rank's rows are one.
+    """The microbatches of all `world` ranks for a step of `rows`, one rank's after the other's.
+
+    `budget`: tokens of one; None: all of a rank's rows are one.
     """
     budget = budget or len(rows) * max(len(row.ids) for row in rows)
     portion = Portion(ListRows(rows), [[number] for number in range(len(rows))], Cursor())
