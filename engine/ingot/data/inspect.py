@@ -1,8 +1,8 @@
 """Shows rows as the model will see them: what is learned, what is only read, and every special token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from ingot.data.encoded import IGNORE, Encoded
 from ingot.data.turns import Tokenizer, special_ids
 
 LISTED_LABELS = 20
+BETWEEN_PARTS = "- - -"  # of two answers, or source and target
 # (learned, special) -> style. Learned special tokens stand out most: the stop token is what people come to look for.
 STYLES = {
     (True, False): "bold green",
@@ -48,6 +49,7 @@ def as_dict(encoded_rows: Sequence[Encoded], tokenizer: Tokenizer) -> dict[str, 
             "tokens": len(row.ids),
             "trainable": sum(row.trainable),
             "labels": None if row.labels is None else list(row.labels),
+            "parts": list(row.parts),
             "segments": [vars(segment) for segment in segments(row, tokenizer)],
         }
         for row in encoded_rows
@@ -71,14 +73,24 @@ def segments(row: Encoded, tokenizer: Tokenizer) -> list[Segment]:
     return parts
 
 
+def _parts(row: Encoded) -> list[Encoded]:
+    """The sequences that a row consists of: two answers, source and target, or one."""
+    ends = [*accumulate(row.parts)] or [len(row.ids)]
+    cuts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [replace(row, ids=row.ids[cut], trainable=row.trainable[cut], parts=()) for cut in cuts]
+
+
 def _panel(row: Encoded, tokenizer: Tokenizer) -> Panel:
     body = Text(overflow="fold")
-    for segment in segments(row, tokenizer):
-        style = STYLES[(segment.trainable, segment.special)]
-        for number, line in enumerate(segment.text.split("\n")):
-            if number:
-                body.append("↵\n", style="dim" if not segment.trainable else "green")
-            body.append(line, style=style)
+    for place, part in enumerate(_parts(row)):
+        if place:
+            body.append(f"\n{BETWEEN_PARTS}\n", style="dim")
+        for segment in segments(part, tokenizer):
+            style = STYLES[(segment.trainable, segment.special)]
+            for number, line in enumerate(segment.text.split("\n")):
+                if number:
+                    body.append("↵\n", style="dim" if not segment.trainable else "green")
+                body.append(line, style=style)
     body.rstrip()  # a last line break has no line to begin
     learned = sum(row.trainable)
     title = Text(row.where or "row", style="bold")

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
+from ingot.data import inspect
 from ingot.data.encoded import IGNORE
 from ingot.data.example import to_example
 from ingot.data.loader import muted
@@ -133,3 +135,14 @@ def test_pairs_keep_their_parts_in_tables(tiny_tokenizer):
     writer.add([row])
     assert writer.rows()[0] == row
     assert writer.rows().targets.tolist() == [row.n_targets]
+
+
+def test_people_see_where_the_second_answer_begins(tiny_tokenizer):
+    rows, *_ = encoded([CHAT], tiny_tokenizer)
+    console = Console(record=True, width=100)
+    inspect.render(rows, tiny_tokenizer, console)
+    above, below = console.export_text().split("- - -")
+    assert "Paris is." in above
+    assert "goodbye." not in above
+    assert "What is the capital of France?" in below
+    assert inspect.as_dict(rows, tiny_tokenizer)["rows"][0]["parts"] == list(rows[0].parts)
