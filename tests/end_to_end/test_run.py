@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-STAGES = ["finetune", "evaluate", "package", "serve"]
+STAGES = ["check", "finetune", "evaluate", "package", "serve"]
 
 
 def check_summary(summary: dict[str, Any], project: Any, metrics: set[str]) -> None:
@@ -174,7 +174,7 @@ def test_stages_that_are_off(ingot, project):
     done = ingot("run", project.recipe, "evaluate.enabled=false", "--json")
     assert done.code == 0, done.err
     summary = done.json()
-    assert list(summary["stages"]) == ["finetune"]
+    assert list(summary["stages"]) == ["check", "finetune"]
     assert "metrics" not in summary or summary["metrics"] == {}
     assert "package" not in summary["paths"]
 
@@ -189,7 +189,7 @@ def test_verbs_one_by_one(ingot, project):
     packaged = ingot("package", project.run, "--json").json()["package"]
     assert (Path(packaged) / "MLmodel").is_file()
     summary = ingot("run", project.recipe, "package.verify=false", "--resume", project.run, "--json").json()
-    assert list(summary["stages"]) == ["finetune", "evaluate", "package"]
+    assert list(summary["stages"]) == ["check", "finetune", "evaluate", "package"]
 
 
 def test_base_model_alone(ingot, project):
