@@ -5,6 +5,7 @@ B rows, T tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -98,17 +99,25 @@ def windows_of(rows: Sequence[Asked], tokenizer: Tokenizer, data: Data) -> list[
     return found
 
 
-def _window(encoded: object, place: int, context: str, tokenizer: Tokenizer) -> Window:
-    ids = list(encoded["input_ids"][place])  # type: ignore[index]
-    spans: list[Span | None] = []
-    for side, (start, end) in zip(encoded.sequence_ids(place), encoded["offset_mapping"][place], strict=True):  # type: ignore[attr-defined, index]
-        while start < end and context[start].isspace() and side == 1:  # some count the blank before a word to its token
-            start += 1
-        spans.append((start, end) if side == 1 and start < end else None)
+def _window(encoded: Any, place: int, context: str, tokenizer: Tokenizer) -> Window:
+    ids = list(encoded["input_ids"][place])
+    sides = encoded.sequence_ids(place)
+    spans = [
+        _inked(context, span) if side == 1 else None
+        for side, span in zip(sides, encoded["offset_mapping"][place], strict=True)
+    ]
     nowhere = ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
-    types = list(encoded.get("token_type_ids", [[]] * (place + 1))[place])  # type: ignore[attr-defined]
+    types = list(encoded["token_type_ids"][place]) if "token_type_ids" in encoded else []
     parts = (types.count(0), types.count(1)) if types == sorted(types) and set(types) == {0, 1} else ()
     return Window(ids, spans, nowhere, parts)
+
+
+def _inked(context: str, span: Span) -> Span | None:
+    """`span` without blanks before it, which some tokenizers count to the word's token; None where nothing is left."""
+    start, end = span
+    while start < end and context[start].isspace():
+        start += 1
+    return (start, end) if start < end else None
 
 
 def collate_asked(

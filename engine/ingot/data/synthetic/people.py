@@ -83,8 +83,8 @@ def rows(split: str) -> Iterator[dict[str, Any]]:
     """Rows of `split`: `question`, `context`, `answers` as SQuAD writes them."""
     rng = Random(f"people {split} 1")
     for _ in range(SIZES[split]):
-        names = sorted({person(rng) for _ in range(rng.randint(2, 4))})
-        told = [(who, kind) for who in names for kind in rng.sample(list(FACTS), 3)]
+        names = sorted({person(rng) for _ in range(rng.randint(2, 3))})
+        told = [(who, kind) for who in names for kind in rng.sample(list(FACTS), rng.randint(2, 3))]
         rng.shuffle(told)
         asked, kind = rng.choice(told)
         context, answer = "", (0, "")
