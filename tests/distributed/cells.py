@@ -15,6 +15,7 @@ import sys
 import traceback
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from ingot.data.encoded import IGNORE
 from ingot.data.plan import PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.data.template import Encoded
 from ingot.model.adapters import attach_adapter, trainable_tensors
+from ingot.model.load import KINDS
+from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.quantize import quantized
 from ingot.parallel.sharded import MODEL, recompute_blocks
 from ingot.parallel.strategies import parallelize
@@ -41,7 +41,8 @@ from ingot.recipe_io import parse_recipe
 from ingot.train.checkpoint import Checkpoints
 from ingot.train.loop import Rows, fit
 
-VOCABULARY, HALF = 97, 50
+VOCABULARY, HALF, CLASSES = 97, 50, 3
+POINTING = ("multi-label-classification", "token-classification", "question-answering", "fill-mask")
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -61,11 +62,14 @@ class Died(Exception):
     """A run that is cut off."""
 
 
-def small_model(kind: str, **changes: Any) -> nn.Module:
+def small_model(kind: str, task: str = "language-modeling", **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SMALL, **changes})
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_config(config, attn_implementation="ingot")
+    if task == "multi-label-classification":
+        model: nn.Module = MeanPoolClassifier(AutoModel.from_config(config, attn_implementation="ingot"), CLASSES)
+        model.backbone.pooler = None
+    else:
+        model = KINDS.get(task, AutoModelForCausalLM).from_config(config, attn_implementation="ingot")
     with torch.no_grad():  # biases and norms start as zeros and ones, where many a mistake has no effect
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -95,6 +99,24 @@ def with_targets(rows: list[Encoded]) -> list[Encoded]:
     """Rows for an encoder-decoder: what was a prompt is the source."""
     splits = [(row, row.trainable.index(True)) for row in rows]
     return [replace(row, parts=(prompt, len(row.ids) - prompt)) for row, prompt in splits]
+
+
+def with_answers(rows: list[Encoded], task: str) -> list[Encoded]:
+    """Rows in which something is pointed out: labels that follow from their ids, or tokens to hide."""
+    if task == "multi-label-classification":
+        return [replace(row, labels=[(row.ids[0] + number) % 2 for number in range(CLASSES)]) for row in rows]
+    if task == "token-classification":
+        tags = [
+            [token % CLASSES if on else IGNORE for token, on in zip(row.ids, row.trainable, strict=True)]
+            for row in rows
+        ]
+        return [replace(row, labels=labels) for row, labels in zip(rows, tags, strict=True)]
+    if task == "question-answering":
+        return [
+            replace(row, labels=[row.trainable.index(True), len(row.ids) - 1], parts=(2, len(row.ids) - 2))
+            for row in rows
+        ]
+    return [replace(row, terms=max(1, round(0.3 * sum(row.trainable)))) for row in rows]
 
 
 def recipe_of(sections: dict[str, dict[str, Any]]) -> Any:
@@ -135,7 +157,8 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
     """Train a cell and leave what it did in `out`."""
     recipe = recipe_of(cell["sections"])
     device = torch.device(cell.get("device", "cpu"), ranks.local if "device" in cell else None)
-    model = small_model(**cell.get("model", {"kind": "llama"}))
+    task = recipe.objective.task
+    model = small_model(**cell.get("model", {"kind": "llama"}), task=task)
     if recipe.quantization.kind != "none":
         model = quantized(model, recipe.quantization)
     model = attach_adapter(model, recipe.adapter, recipe.objective.task, 0)
@@ -156,11 +179,15 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
 
     sharded.step = step  # type: ignore[method-assign]
     lengths = cell.get("lengths", {})
-    make = with_targets if model.config.is_encoder_decoder else list
+    make: Any = with_targets if model.config.is_encoder_decoder else list
+    if task in POINTING:
+        make = partial(with_answers, task=task)
     rows = Rows(
         PlannedFeed(ListRows(make(random_rows(60, 1, **lengths))), recipe.data, recipe.train),
         ListRows(make(random_rows(7, 2, **lengths))),
         pad_id=0,
+        mask_id=3 if task == "fill-mask" else None,
+        vocabulary=VOCABULARY,
     )
     checkpoints = Checkpoints(out / cell.get("folder", cell["name"]), ranks, "hash", 3)
     infos: list[Any] = []
