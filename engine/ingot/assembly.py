@@ -72,7 +72,10 @@ def build(
     if recipe.quantization.kind != "none":
         _note_unquantized(model, recipe, progress)
         model = (quantized if cut else rounded)(model, recipe.quantization)
+    tied = adapters.tied_head(model)
     model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, recipe.train.seed)
+    if tied and not adapters.tied_head(model):
+        progress.note("adapter.targets: the output head was tied to the embedding and now has its own weight")
     if recipe.train.gradient_checkpointing:
         recompute_blocks(model)
     if reader is not None:

@@ -1,15 +1,18 @@
 """The model that trains, and the one that is exported, on one rank."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from ingot.assembly import _whole_because, build, rebuilt
+from ingot.assembly import _whole_because, build, over_full_base, rebuilt
 from ingot.errors import CheckpointError
-from ingot.model.adapters import trainable_tensors
+from ingot.model.adapters import answers, save_adapter, tied_head, trainable_tensors
 from ingot.parallel.strategies import parallelize
+from ingot.progress import Progress as Quiet
 from ingot.ranks import Ranks
 from ingot.recipe import Recipe
 from ingot.recipe_io import parse_recipe
@@ -71,3 +74,44 @@ def test_what_has_to_be_loaded_whole(tmp_path: Path) -> None:
         found = _whole_because(recipe_of(tmp_path, **{"parallel": parts, **sections}))
         assert found is not None
         assert reason in found
+
+
+def test_what_a_recipe_changes_in_a_model_is_said(model_folder: Path, tmp_path: Path) -> None:
+    class Notes(Quiet):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    folder = tmp_path / "tied"
+    shutil.copytree(model_folder, folder)
+    config = Qwen3MoeConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    build(recipe_of(folder, adapter={"kind": "lora"}), tmp_path, (), Ranks(), Notes(quiet=True))
+    assert said == []
+    ends = recipe_of(folder, adapter={"kind": "lora", "targets": ["lm_head"]})
+    built = build(ends, tmp_path, (), Ranks(), Notes(quiet=True))
+    assert said == ["adapter.targets: the output head was tied to the embedding and now has its own weight"]
+    assert not tied_head(built.model)
+    over = recipe_of(folder, adapter={"kind": "lora"}, quantization={"kind": "int8"})
+    build(over, tmp_path, (), Ranks(), Notes(quiet=True))
+    assert said[1:] == ["quantization.kind=int8: 39% of the weights are fused experts and stay in full size"]
+
+
+def test_distance_to_the_full_base_is_measured(model_folder: Path, tmp_path: Path) -> None:
+    """Zero over the base itself; over a quantized one as far as its rounding moved the logits."""
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    found = {}
+    for kind in ("none", "int8"):
+        recipe = recipe_of(model_folder, adapter={"kind": "lora", "rank": 4}, quantization={"kind": kind})
+        model: Any = build(recipe, tmp_path, (), Ranks(), cut=False).model
+        with torch.no_grad():
+            for _, parameter in trainable_tensors(model):
+                parameter.copy_(torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter))
+        save_adapter(model, tmp_path / kind, "base")
+        found[kind] = over_full_base(recipe, tmp_path, (), tmp_path / kind, [ids], answers(model, [ids]))
+    assert found["none"] < 1e-6
+    assert 1e-5 < found["int8"] < 0.5

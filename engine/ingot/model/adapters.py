@@ -120,21 +120,31 @@ def _untie(model: nn.Module, chosen: list[Matrix]) -> None:
     """
     model_: Any = model
     ends = [matrix for matrix in chosen if matrix.kind in ("head", "embedding")]
-    head = getattr(model_, "get_output_embeddings", lambda: None)()
-    if not ends or head is None or head.weight is not model_.get_input_embeddings().weight:
+    if not ends or getattr(model_, "config", None) is None:
         return
-    tied = getattr(model_, "all_tied_weights_keys", {})
-    if len(tied) != 1 or model_.config.is_encoder_decoder:
+    weights = {id(getattr(matrix.module, matrix.key)) for matrix in ends}
+    places = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in weights]
+    tied, keys = tied_head(model), getattr(model_, "all_tied_weights_keys", {})
+    if len(places) > 2 or (tied and len(keys) != 1):
         raise RecipeError(
             "adapter.targets",
             ends[0].called[0],
-            f"{type(model).__name__} uses this weight in several places ({', '.join(sorted(tied))}), and a merged "
+            f"{type(model).__name__} ties this weight to others ({', '.join(sorted({*places, *keys}))}), and a merged "
             "adapter would change all of them; leave it out",
         )
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model_.all_tied_weights_keys = {}
-    for config in {id(c): c for c in (model_.config, model_.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
+    if tied:
+        head = model_.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model_.all_tied_weights_keys = {}
+    if not model_.config.is_encoder_decoder:  # also where a folder has two weights and calls them tied
+        for config in {id(c): c for c in (model_.config, model_.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+
+
+def tied_head(model: nn.Module) -> bool:
+    """Whether the output head's weight is the embedding's, with or without adapters on them."""
+    ends = [getattr(m.module, m.key) for m in matrices(model) if m.kind in ("head", "embedding")]
+    return len(ends) == 2 and ends[0] is ends[1]
 
 
 def _check_fused(chosen: list[Matrix], as_tensors: list[Matrix], adapter: Adapter) -> None:

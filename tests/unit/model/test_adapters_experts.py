@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from ingot.errors import IngotError, RecipeError
 from ingot.model import adapters
@@ -205,8 +205,17 @@ def test_head_that_is_tied_to_more_than_the_embedding_is_refused() -> None:
         "bert", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
     )
     model = AutoModelForMaskedLM.from_config(config)
-    with pytest.raises(RecipeError, match="uses this weight in several places"):
+    with pytest.raises(RecipeError, match=r"ties this weight to others .*cls.predictions"):
         adapters.attach_adapter(model, Adapter(targets=["decoder"]), "language-modeling", 0)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "shared"])
+def test_ends_of_an_encoder_decoder_are_refused(target: str) -> None:
+    """T5's embedding has four places."""
+    size = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**size))
+    with pytest.raises(RecipeError, match=r"ties this weight to others .*encoder\.embed_tokens"):
+        adapters.attach_adapter(model, Adapter(targets=[target]), "summarization", 0)
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys")
