@@ -32,10 +32,12 @@ def attach_adapter(model: nn.Module, adapter: Adapter, task: Task, seed: int) ->
     An adapter on an output head that is tied to the embedding unties them, and the configuration says so.
 
     Raises RecipeError when `adapter.targets` names no weight of this model, or one that takes no adapter of this kind.
-    `kind: none` returns the model with every weight trainable.
+    `kind: none` returns the model with every weight trainable that the task can move.
     """
     if adapter.kind == "none":
-        return model.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = not _cancels_out(name, parameter, task)
+        return model
     heads = _heads(model, task)
     chosen = _targets(model, adapter, heads)
     rewritten = {name for name in {m.called[0] for m in chosen if m.kind == "linear"} if _rewritten(model, name)}
@@ -67,11 +69,22 @@ def attach_adapter(model: nn.Module, adapter: Adapter, task: Task, seed: int) ->
         fix = f"peft adapts {len(wrong)} weights more or fewer than these: {names[:3]}; name other layers"
         raise RecipeError("adapter.targets", str(adapter.targets), fix)
     for name, parameter in adapted.named_parameters():
-        if task == "question-answering" and name.endswith("qa_outputs.modules_to_save.default.bias"):
-            parameter.requires_grad = False  # added to every token alike: no softmax over tokens ever moves it
+        if _cancels_out(name, parameter, task):
+            parameter.requires_grad = False
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # float32 master weights also over a bfloat16 base
     return adapted
+
+
+def _cancels_out(name: str, parameter: Tensor, task: Task) -> bool:
+    """Whether a bias is added to everything alike that the task's loss compares, so that nothing ever moves it: to all
+    tokens before a softmax over them, to the scores of both answers.
+    """
+    if task == "reward":
+        return name.endswith("bias") and parameter.numel() == 1
+    return task == "question-answering" and name.endswith(
+        ("qa_outputs.bias", "qa_outputs.modules_to_save.default.bias")
+    )
 
 
 def _heads(model: nn.Module, task: Task) -> list[str]:
