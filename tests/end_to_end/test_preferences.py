@@ -74,7 +74,9 @@ def losses(run: Run) -> list[float]:
     return [point["metrics"]["train_loss"] for point in read_metrics(run.metrics) if "train_loss" in point["metrics"]]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("orpo", "reward", "distillation"))]
+)
 def test_an_objective_goes_all_the_way(name: str, home: Path, model_folder: Path) -> None:
     run = finetune(recipe_for(name, model_folder, home), home=home)
     assert losses(run)[-1] < losses(run)[0]
@@ -88,6 +90,7 @@ def test_an_objective_goes_all_the_way(name: str, home: Path, model_folder: Path
         assert set(load_file(run.folder / "reference.safetensors")) == {"train", "validation"}
 
 
+@pytest.mark.slow
 def test_an_encoder_scores_by_the_mean_of_its_tokens(home: Path, encoder_folder: Path) -> None:
     run = finetune(recipe_for("reward", encoder_folder, home), home=home)
     assert run.recipe.model.pooling == "mean"
@@ -96,6 +99,7 @@ def test_an_encoder_scores_by_the_mean_of_its_tokens(home: Path, encoder_folder:
     assert tuned.scores["preference_margin"].value > base.scores["preference_margin"].value + 0.1
 
 
+@pytest.mark.slow
 def test_dpo_goes_on_with_the_reference_that_it_began_with(
     home: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
