@@ -22,8 +22,8 @@ class Model(Section):
     """Which model to start from."""
 
     source: str = Field(min_length=1)
-    """Where the model is: `ingot://nano` (embedded), `hf://org/name`, `package://python_package/folder`, or a folder.
-    """
+    """Where the model is: `ingot://nano` (embedded), `ingot://nano-t5` (embedded, no weights), `hf://org/name`,
+    `package://python_package/folder`, or a folder."""
     revision: str | None = None
     """Commit, tag or branch of an `hf://` source. None: the hub's default branch."""
     initialization: Literal["pretrained", "random"] = "pretrained"
@@ -194,7 +194,8 @@ class Evaluate(Section):
     tokens_per_batch: Positive = 8192
     """Prompt and answer tokens of one generation batch."""
     merge_references: bool = False
-    """text-generation: test rows with the same prompt are one item with several references (BLEU)."""
+    """text-generation, summarization, translation: test rows with the same prompt or source are one item with several
+    references (BLEU, ROUGE)."""
     bootstrap_samples: int = Field(default=1000, ge=100)
     """Resamples behind each interval and the paired test."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)

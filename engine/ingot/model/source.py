@@ -126,7 +126,11 @@ def _check(model: Model, path: Path, weights: bool, tokenizer: bool) -> None:
                 f"only pickle weights ({pickles[0]}): loading them can run any code, so Ingot refuses; "
                 "convert them to safetensors",
             )
-        raise ModelError("model.source", model.source, "the folder has no *.safetensors weights")
+        raise ModelError(
+            "model.source",
+            model.source,
+            "the folder has no *.safetensors weights; to draw new ones: model.initialization: random",
+        )
     if tokenizer and not any(name in names for name in TOKENIZER_FILES):
         raise ModelError(
             "model.source",

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from ingot.errors import ModelError
+from ingot.model.load import load_tokenizer
 from ingot.model.source import model_folder
 from ingot.recipe import Model
 
@@ -103,3 +104,16 @@ def test_hub_model_offline_fails_at_once(tmp_path, monkeypatch, error):
     assert "hub cannot be reached" in message
     assert "local folder" in message
     assert calls == [("Qwen/ingot-test-absent", "abc", 10)]
+
+
+def test_the_embedded_encoder_decoder_has_no_weights(tmp_path):
+    source = "ingot://nano-t5"
+    assert "no *.safetensors" in refused(source, tmp_path)
+    folder = model_folder(Model(source=source, initialization="random"), tmp_path, weights=False)
+    tokenizer = load_tokenizer(Model(source=source), tmp_path)
+    nano = load_tokenizer(Model(source="ingot://nano"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert tokenizer.get_vocab() == nano.get_vocab()
+    assert len(tokenizer) == config["vocab_size"]
+    assert tokenizer("a parcel")["input_ids"] == [*nano("a parcel")["input_ids"][1:], config["eos_token_id"]]
+    assert tokenizer.pad_token_id == config["pad_token_id"] == config["decoder_start_token_id"]
