@@ -204,6 +204,8 @@ CHANGES = {
     "the name of the file": change_the_name,
     "a byte of the test rows": change_a_given_part,
     "max_tokens": lambda home, options, kinds: options.update(max_tokens=32),
+    "max_target_tokens": lambda home, options, kinds: options.update(max_target_tokens=32),
+    "overlap_tokens": lambda home, options, kinds: options.update(overlap_tokens=32),
     "train_on": lambda home, options, kinds: options.update(train_on="last-assistant"),
     "split_seed": lambda home, options, kinds: options.update(split_seed=1),
     "validation_share": lambda home, options, kinds: options.update(validation_share=0.3),
@@ -238,6 +240,13 @@ def test_whatever_decides_the_rows_misses_when_it_changes(home, run, change):
     CHANGES[change](home, options, kinds)
     assert run(options, kinds)
     assert not run(options, kinds)
+
+
+def test_the_share_of_hidden_tokens_decides_how_many_are_learned(home):
+    texts = {"columns": {"text": "prompt"}}
+    sections = [{"objective": {"task": "fill-mask", "mask_share": share}} for share in (0.15, 0.15, 0.3)]
+    first, again, other = (cache.key_of(recipe(sections=it, **texts), home, _Tokenizer()) for it in sections)
+    assert first == again != other
 
 
 def test_changed_code_and_changed_packages_miss(home, run, monkeypatch, tmp_path):
