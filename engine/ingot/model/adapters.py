@@ -62,7 +62,12 @@ def attach_adapter(model: nn.Module, adapter: Adapter, task: Task, seed: int) ->
         # peft 0.21 asks transformers 5.23 for a name that is on its way out; nothing that a user could mend
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set", UserWarning)  # GPT-2's layers beside linear ones
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:  # as of Mamba's out_proj, whose weight is read past its layer
+            asked = ", ".join(sorted({matrix.called[0] for matrix in chosen}))
+            fix = f"peft refuses some of [{asked}]: {str(error).strip()}"
+            raise RecipeError("adapter.targets", str(adapter.targets), fix) from error
     wrong = {(id(matrix.module), matrix.key) for matrix in chosen} ^ _adapted(adapted)
     if wrong:
         names = [m.name for m in matrices(adapted) if (id(m.module), m.key) in wrong]
@@ -95,7 +100,8 @@ def _heads(model: nn.Module, task: Task) -> list[str]:
     copy of them would be trained apart and lost in the merge.
     """
     if task != "fill-mask":
-        return [name for name, _ in model.named_children() if name in HEADS]
+        # By the end of the name, as peft does: DistilBERT's pre_classifier is drawn anew too.
+        return [name for name, _ in model.named_children() if name.endswith(HEADS)]
     encoder = model.base_model_prefix
     output, tied = model.get_output_embeddings(), model.get_input_embeddings().weight  # type: ignore[operator]
     return [

@@ -18,7 +18,7 @@ from ingot.recipe import Quantization
 
 NF4_BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
-HEADS = ("classifier", "score")
+HEADS = ("classifier", "pre_classifier", "score", "qa_outputs")
 
 
 class QuantizedLinear(nn.Linear):

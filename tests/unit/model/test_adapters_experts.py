@@ -7,7 +7,14 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ingot.errors import IngotError, RecipeError
 from ingot.model import adapters
@@ -207,6 +214,29 @@ def test_head_that_is_tied_to_more_than_the_embedding_is_refused() -> None:
     model = AutoModelForMaskedLM.from_config(config)
     with pytest.raises(RecipeError, match=r"ties this weight to others .*cls.predictions"):
         adapters.attach_adapter(model, Adapter(targets=["decoder"]), "language-modeling", 0)
+
+
+def test_what_peft_refuses_is_an_error_with_names() -> None:
+    """It knows of models that read a layer's weight past the layer."""
+    size = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8}
+    config = AutoConfig.for_model("mamba", **size)
+    with pytest.raises(RecipeError, match=r"refuses some of \[dt_proj, in_proj, out_proj, x_proj\]: .*out_proj"):
+        adapters.attach_adapter(AutoModelForCausalLM.from_config(config), Adapter(), "language-modeling", 0)
+    named = Adapter(targets=["in_proj", "x_proj"])
+    adapters.attach_adapter(AutoModelForCausalLM.from_config(config), named, "language-modeling", 0)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_every_new_layer_of_a_head_is_trained_as_a_whole(kind: str) -> None:
+    size = {"vocab_size": 61, "dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 4}
+    model: nn.Module = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("distilbert", **size))
+    if kind != "none":
+        model = quantized(model, Quantization(kind=kind))
+    model = adapters.attach_adapter(model, Adapter(rank=4), "text-classification", 0)
+    whole = {name for name, _ in adapters.trainable_tensors(model) if "lora_" not in name}
+    heads = ("pre_classifier", "classifier")
+    parts = ("weight", "bias")
+    assert whole == {f"base_model.model.{head}.modules_to_save.default.{part}" for head in heads for part in parts}
 
 
 @pytest.mark.parametrize("target", ["lm_head", "shared"])
