@@ -13,7 +13,7 @@ from torch import Tensor
 from ingot.data.encoded import IGNORE, Encoded
 from ingot.data.example import Example
 from ingot.data.labeled import Labeled, MultiLabeled
-from ingot.model.load import logits_of
+from ingot.model.load import knows_segments, logits_of
 from ingot.recipe import CAUSAL
 
 from .trial import Trial
@@ -76,7 +76,8 @@ def _classes(trial: Trial, row: Encoded, example: Example) -> float:
     logits_C = logits_of(_forward(trial, **_inputs(trial, row)))[0].double()
     if isinstance(example, MultiLabeled):
         wanted_C = torch.tensor([float(names[index] in example.labels) for index in range(len(logits_C))])
-        wanted_C = wanted_C.to(logits_C)
+        smoothing = trial.subject.recipe.objective.label_smoothing
+        wanted_C = (1 - smoothing) * wanted_C.to(logits_C) + smoothing / 2
         return float(-(wanted_C * F.logsigmoid(logits_C) + (1 - wanted_C) * F.logsigmoid(-logits_C)).sum())
     assert isinstance(example, Labeled)
     [index] = [number for number, name in names.items() if name == example.label]
@@ -92,6 +93,8 @@ def _by_transformers(trial: Trial, row: Encoded) -> float:
     if kind == "question-answering":
         assert batch.row_labels is not None
         inputs |= {"start_positions": batch.row_labels[:, 0], "end_positions": batch.row_labels[:, 1]}
+        if batch.types_BT is not None and knows_segments(trial.sharded.plain):
+            inputs["token_type_ids"] = batch.types_BT
     elif batch.targets_BU is not None:
         inputs["labels"] = batch.targets_BU
     else:
