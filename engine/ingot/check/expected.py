@@ -36,7 +36,7 @@ def expected_loss(trial: Trial) -> Expected | str:
         by = "log-probabilities of the learned tokens, each given what stands before it"
         return Expected(_mean(trial, lambda row: _next_tokens(trial, row)), by)
     if section.loss in ("text-classification", "multi-label-classification"):
-        examples = _by_place(trial)
+        examples = trial.subject.examples
         by = "the probabilities of the rows' own labels, by the names that the model gives its outputs"
         return Expected(_mean(trial, lambda row: _classes(trial, row, examples[row.where])), by)
     if section.label_smoothing:
@@ -103,8 +103,3 @@ def _by_transformers(trial: Trial, row: Encoded) -> float:
     labels = inputs.get("labels")
     n_targets = 2 if labels is None else int((labels != IGNORE).sum())
     return float(output.loss) * n_targets
-
-
-def _by_place(trial: Trial) -> dict[str, Example]:
-    pairs = zip(trial.subject.rows, trial.subject.examples, strict=True)
-    return {row.where: example for row, example in pairs}

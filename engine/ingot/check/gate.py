@@ -20,7 +20,7 @@ from ingot.runfolder import versions
 
 from . import on_rows, on_saving, on_training
 from .leakage import Texts, no_leakage
-from .subject import Subject, draw
+from .subject import Subject, draw, probes_of
 from .trial import Frozen, Trial, set_up
 from .verdict import Report, Status, Verdict
 
@@ -114,8 +114,9 @@ def _collect(recipe: Recipe, home: Path, prepared: Prepared, device: torch.devic
     """The sampled rows with the examples that they were made from, and the texts that duplicates are looked for in."""
     feed, section, seed = prepared.rows.train, recipe.check, recipe.data.split_seed
     rows = [feed.rows[number] for number in draw(len(feed.rows), section.max_rows, seed)]
-    wanted, found = {row.where for row in rows}, dict[str, Example]()
-    texts = Texts(section.max_rows, seed)
+    probes = probes_of(prepared, recipe)
+    wanted, found = {row.where for row in [*rows, *probes]}, dict[str, Example]()
+    texts = Texts(section.max_rows, seed, measured=recipe.evaluate.enabled)
     streamed = isinstance(feed, StreamFeed)
     for example in first_rows(recipe, home) if streamed else ():
         found[example.where] = example
@@ -125,13 +126,12 @@ def _collect(recipe: Recipe, home: Path, prepared: Prepared, device: torch.devic
             found[example.where] = example
         if part != "validation":
             texts.add(part, input_of(example))
-    kept = [row for row in rows if row.where in found]
-    if not kept:
+    kept, probes = [row for row in rows if row.where in found], [row for row in probes if row.where in found]
+    if not kept or not probes:
         raise IngotError("no sampled row was found again in the data: it changed while it was read; start again")
     of = "rows of the stream's beginning" if streamed else f"{len(feed.rows):,} training rows"
     how = "all" if len(kept) == len(feed.rows) else f"{len(kept):,} of"
     sampled = [f"rows: {how} {of}" + ("" if how == "all" else f", drawn with data.split_seed = {seed}")]
-    subject = Subject(recipe, home, prepared, device, kept, [found[row.where] for row in kept], sampled)
-    n_tokens = sum(len(row.ids) for row in subject.probes)
-    subject.sampled.append(f"model: the {len(subject.probes)} shortest rows of the first steps, {n_tokens:,} tokens")
-    return subject, texts
+    n_tokens = sum(len(row.ids) for row in probes)
+    sampled.append(f"model: the {len(probes)} shortest rows of the first steps, {n_tokens:,} tokens")
+    return Subject(recipe, home, prepared, device, kept, probes, found, sampled), texts

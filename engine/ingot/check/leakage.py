@@ -76,9 +76,13 @@ def _bands(found: Iterable[int], factors: Ints, offsets: Ints) -> list[tuple[int
 
 
 class Texts:
-    """What rows of train and test ask; of very many a share is kept, drawn with `seed` (Vitter 1985, algorithm R)."""
+    """What rows of train and test ask; of very many a share is kept, drawn with `seed` (Vitter 1985, algorithm R).
 
-    def __init__(self, limit: int, seed: int) -> None:
+    `measured`: whether the recipe measures anything on the test rows.
+    """
+
+    def __init__(self, limit: int, seed: int, *, measured: bool = True) -> None:
+        self.measured = measured
         self._limits = {"train": TRAIN_ROWS * limit, "test": limit}
         self._draw = random.Random(f"leakage {seed}")
         self.seen: dict[str, int] = {"train": 0, "test": 0}
@@ -103,6 +107,8 @@ class Texts:
 def no_leakage(texts: Texts) -> Verdict:
     """Few test rows ask what a training row asks."""
     name, test = "no-leakage", texts.kept["test"]
+    if not texts.measured:
+        return Verdict(name, Status.not_applicable, "nothing is measured on the test rows: evaluate.enabled is false")
     if not test or not texts.kept["train"]:
         return Verdict(name, Status.not_applicable, "there is no test row" if not test else "there is no training row")
     train = list(dict.fromkeys(texts.kept["train"]))

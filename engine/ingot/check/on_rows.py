@@ -60,7 +60,7 @@ def whole_answers(subject: Subject) -> Verdict:
     limit = subject.recipe.data.max_tokens
     facts = {"truncated": dropped.truncated, "rows": dropped.total, "share": share}
     because = f"{dropped.truncated:,} of {dropped.total:,} rows are cut at data.max_tokens = {limit} ({share:.1%})"
-    if isinstance(subject.examples[0], Document) or not _answers(subject.examples[0]):
+    if isinstance(subject.first, Document) or not _answers(subject.first):
         return Verdict(
             name, Status.not_applicable, f"{because}; rows have no answer that could lose its end", "", facts
         )
@@ -73,7 +73,7 @@ def whole_answers(subject: Subject) -> Verdict:
 def prompt_mask(subject: Subject) -> Verdict:
     """What the user says is read and not learned; what the model says is learned from its first token on."""
     name = "prompt-mask"
-    if not subject.writes or isinstance(subject.examples[0], Document):
+    if not subject.writes or isinstance(subject.first, Document):
         return Verdict(name, Status.not_applicable, "rows have no prompt beside the text that is learned")
     wrong, seen, cut = [], 0, 0
     for piece in subject.pieces:
@@ -120,7 +120,7 @@ def one_bos(subject: Subject) -> Verdict:
 def stop_token(subject: Subject) -> Verdict:
     """Every answer ends with a token that generation stops at, and that token is learned."""
     name = "stop-token"
-    if not (subject.writes or isinstance(subject.examples[0], SourceTarget)):
+    if not (subject.writes or isinstance(subject.first, SourceTarget)):
         return Verdict(name, Status.not_applicable, "no text is written")
     ends, tokenizer = end_ids(None, subject.tokenizer), subject.tokenizer
     wrong, seen = [], 0
@@ -144,7 +144,7 @@ def stop_token(subject: Subject) -> Verdict:
 def same_template(subject: Subject) -> Verdict:
     """The tokenizer that is packaged encodes the sampled rows as they are trained on."""
     name, recipe = "same-template", subject.recipe
-    examples, before = subject.examples[:200], subject.tokenizer
+    examples, before = list(subject.examples.values())[:200], subject.tokenizer
     with tempfile.TemporaryDirectory() as folder:
         export.save_tokenizer(before, Path(folder))
         shutil.copy(model_folder(recipe.model, subject.home, weights=False) / "config.json", folder)
@@ -179,8 +179,8 @@ def right_labels(subject: Subject) -> Verdict:
     if subject.rows[0].labels is None:
         return Verdict(name, Status.not_applicable, "tokens are learned, not labels")
     wrong = []
-    for row, example in zip(subject.rows, subject.examples, strict=True):
-        said = _named(row, example, labels, subject)
+    for row in subject.rows:
+        said = _named(row, subject.examples[row.where], labels, subject)
         if said is not None:
             wrong.append(f"{row.where}: {said}")
     facts = {"rows": len(subject.rows), "wrong": len(wrong), "first": wrong[:LISTED], "labels": len(labels)}
@@ -198,7 +198,7 @@ def _answers(example: Example) -> bool:
 
 
 def _side(subject: Subject, piece: Piece) -> Example:
-    example = subject.examples[piece.row]
+    example = subject.examples[subject.rows[piece.row].where]
     return (example.chosen, example.rejected)[piece.side] if isinstance(example, Preference) else example
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ingot.assembly import build
+from ingot.assembly import build, over_full_base
 from ingot.errors import IngotError
 from ingot.model import adapters
 from ingot.model.export import export_model, probes
@@ -88,15 +88,24 @@ def _reread(trial: Trial, folder: Path) -> tuple[nn.Module, int]:
 
 
 def _merged(trial: Trial, model: Any, before: float, folder: Path, name: str) -> Verdict:
-    device = next(model.parameters()).device
-    decoder = trial.subject.recipe.objective.task in SEQUENCE_TO_SEQUENCE
+    """Also over a quantized base: how far off those are who merge the saved adapter into the full one."""
+    recipe, device = trial.subject.alone, next(model.parameters()).device
+    probed = probes(trial.rows[:4], device, decoder=recipe.objective.task in SEQUENCE_TO_SEQUENCE)
+    quantized = recipe.quantization.kind != "none"
+    tuned = adapters.answers(model, probed) if quantized else []
     try:
-        merged, difference = adapters.merge(model, probes(trial.rows[:4], device, decoder=decoder))
+        merged, difference = adapters.merge(model, probed)
     except IngotError as error:
         fix = "use model.dtype: float32, or serve the adapter beside its base"
         return Verdict(name, Status.failed, str(error), fix)
     verdict = _after_export(trial, merged, before, folder, name)
-    return Verdict(name, verdict.status, verdict.because, verdict.fix, {**verdict.facts, "logits": difference})
+    facts, because = {**verdict.facts, "logits": difference}, verdict.because
+    if quantized:
+        labels = trial.subject.prepared.facts.labels
+        apart = over_full_base(recipe, trial.subject.home, labels, folder / "adapter", probed, tuned)
+        facts["logits_full_base"] = apart
+        because += f"; merged into the full base instead, logits are off by {apart:.2g} of their size"
+    return Verdict(name, verdict.status, because, verdict.fix, facts)
 
 
 def _after_export(trial: Trial, model: nn.Module, before: float, folder: Path, name: str) -> Verdict:

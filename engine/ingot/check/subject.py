@@ -42,8 +42,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Subject:
-    """A recipe's rows and how they are learned. `rows` [sampled]: encoded rows; `examples` [sampled]: what they were
-    made from; `sampled`: sentences that say how many of how many.
+    """A recipe's rows and how they are learned. `rows`: encoded rows, a sample; `probes`: those that the model is tried
+    on; `examples`: what both were made from, by `where`; `sampled`: sentences that say how many of how many.
     """
 
     recipe: Recipe
@@ -51,7 +51,8 @@ class Subject:
     prepared: Prepared
     device: torch.device
     rows: list[Encoded]
-    examples: list[Example]
+    probes: list[Encoded]
+    examples: dict[str, Example]
     sampled: list[str]
 
     @property
@@ -92,23 +93,10 @@ class Subject:
             found += _pieces(self.batch(part), [numbers[id(row)] for row in part], part)
         return sorted(found, key=lambda piece: (piece.row, piece.side))
 
-    @cached_property
-    def probes(self) -> list[Encoded]:
-        """The shortest rows of the first steps: MOST_PROBES or `check.max_probe_tokens`, but at least FEWEST_PROBES."""
-        feed, budget = self.prepared.rows.train, self.recipe.check.max_probe_tokens
-        rows: list[Encoded] = []
-        for portion in islice(feed.start(Cursor()), 4):
-            rows += [portion.rows[index] for index in portion.indices]
-            if len(rows) > FEWEST_PROBES and sum(len(row.ids) for row in rows) > budget:
-                break
-        rows.sort(key=lambda row: len(row.ids))
-        kept, total = rows[:FEWEST_PROBES], sum(len(row.ids) for row in rows[:FEWEST_PROBES])
-        for row in rows[FEWEST_PROBES:MOST_PROBES]:
-            total += len(row.ids)
-            if total > budget:
-                break
-            kept.append(row)
-        return kept
+    @property
+    def first(self) -> Example:
+        """One of the examples, which are all of a kind."""
+        return self.examples[self.rows[0].where]
 
     def evidence(self) -> Evidence:
         """Rows, counts and packs for people."""
@@ -143,6 +131,23 @@ class Subject:
             if len(found) >= SHOWN_PACKS:
                 break
         return found[:SHOWN_PACKS]
+
+
+def probes_of(prepared: Prepared, recipe: Recipe) -> list[Encoded]:
+    """The shortest rows of the first steps: MOST_PROBES or `check.max_probe_tokens`, but at least FEWEST_PROBES."""
+    rows: list[Encoded] = []
+    for portion in islice(prepared.rows.train.start(Cursor()), 4):
+        rows += [portion.rows[index] for index in portion.indices]
+        if len(rows) > MOST_PROBES:
+            break
+    rows.sort(key=lambda row: len(row.ids))
+    kept, total = rows[:FEWEST_PROBES], sum(len(row.ids) for row in rows[:FEWEST_PROBES])
+    for row in rows[FEWEST_PROBES:MOST_PROBES]:
+        total += len(row.ids)
+        if total > recipe.check.max_probe_tokens:
+            break
+        kept.append(row)
+    return kept
 
 
 def draw(n: int, limit: int, seed: int) -> list[int]:
