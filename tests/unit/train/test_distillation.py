@@ -108,8 +108,9 @@ def test_embeddings_may_be_filled_up_to_other_widths(taught, row_lists, make_mod
     assert loss_of(sharded, row_lists[0][:4], recipe).item() == pytest.approx(before, abs=1e-5)
 
 
-def test_learns_what_the_teacher_would_say(taught, row_lists, curve):
+def test_learns_what_the_teacher_would_say(taught, row_lists, make_model, curve):
     sharded, recipe = taught(temperature=1.0)
+    sharded.teacher = make_model(9).eval()
     before = [loss_of(sharded, rows, recipe).item() for rows in row_lists]
     losses = curve(sharded, row_lists, recipe)
     after = [loss_of(sharded, rows, recipe).item() for rows in row_lists]
