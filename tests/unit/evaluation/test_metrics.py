@@ -321,7 +321,7 @@ def test_bleu_counts_words_as_its_own_tokenizer_does(reference: str) -> None:
 
 @pytest.mark.parametrize("name", ["perplexity", "loss"])
 def test_likelihoods_do_not_come_from_texts(name: str) -> None:
-    with pytest.raises(IngotError, match="likelihoods"):
+    with pytest.raises(IngotError, match="do not come from written answers"):
         METRICS[name].compute(["a"], [["a"]])
 
 
@@ -329,7 +329,7 @@ def test_a_prediction_may_be_anything() -> None:
     for name in OF_TASK["chat-completion"]:
         for prediction in ("", "你好", "\x00", "{", "[]", '{"a": {"b": [[]]}}', "\n\n"):
             score = one(name, prediction, '{"a": "one two three four five"}')
-            assert 0.0 <= score <= (100.0 if name == "bleu" else 1.0)
+            assert 0.0 <= score <= (100.0 if name in ("bleu", "chrf") else 1.0)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -376,4 +376,5 @@ def test_every_metric_belongs_to_a_task_under_its_own_name() -> None:
     assert {name for names in OF_TASK.values() for name in names} == set(METRICS)
     assert all(name == metric.name and metric.doc for name, metric in METRICS.items())
     assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {"perplexity", "loss"}
-    assert {name for name, metric in METRICS.items() if not metric.unit_interval} == {"bleu", "perplexity", "loss"}
+    unbounded = {"bleu", "chrf", "perplexity", "loss", "preference_margin"}
+    assert {name for name, metric in METRICS.items() if not metric.unit_interval} == unbounded
