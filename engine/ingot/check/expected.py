@@ -2,9 +2,10 @@
 
 # T tokens of a row, V vocabulary, C classes
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from ingot.recipe import CAUSAL
 
 from .trial import Trial
 
+Forward: TypeAlias = Callable[..., Any]
 OWN_LOSS = ("summarization", "translation", "token-classification", "question-answering", "fill-mask")
 
 
@@ -43,7 +45,10 @@ def expected_loss(trial: Trial) -> Expected | str:
         return f"transformers' own {section.loss} has no label smoothing to compare with"
     if section.loss in OWN_LOSS:
         return Expected(_mean(trial, lambda row: _by_transformers(trial, row)), "transformers' own loss")
-    return f"{section.loss} is held against its definition and a peer's by Ingot's tests"
+    if section.loss == "distillation":
+        by = "both models' log-probabilities at the learned tokens"
+        return Expected(_mean(trial, lambda row: _taught(trial, row)), by)
+    return Expected(_preferences(trial), "one answer after the other, by the equations of the method")
 
 
 def _mean(trial: Trial, of_row: Callable[[Encoded], float]) -> float:
@@ -55,25 +60,77 @@ def _inputs(trial: Trial, row: Encoded) -> dict[str, Tensor]:
     return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
 
 
-def _forward(trial: Trial, **inputs: Any) -> Any:
-    return trial.sharded.forward(**inputs)
-
-
 def _next_tokens(trial: Trial, row: Encoded) -> float:
     """Sum over the row's learned tokens."""
-    logits_TV = logits_of(_forward(trial, **_inputs(trial, row), use_cache=False))[0].double()
-    logp_TV = logits_TV.log_softmax(-1)
     smoothing, total = trial.subject.recipe.objective.label_smoothing, 0.0
+    for token, logp_V in _learned(trial, row, trial.sharded.forward):
+        total -= float((1 - smoothing) * logp_V[token] + smoothing * logp_V.mean())
+    return total
+
+
+def _learned(trial: Trial, row: Encoded, forward: Forward, heat: float = 1.0) -> Iterator[tuple[int, Tensor]]:
+    """Every learned token of a row with the log-probabilities [V] of what may stand in its place."""
+    logits_TV = logits_of(forward(**_inputs(trial, row), use_cache=False))[0].double()
+    logp_TV = (logits_TV / heat).log_softmax(-1)
     for place in range(1, len(row.ids)):
         if row.trainable[place]:
-            before_V = logp_TV[place - 1]
-            total -= float((1 - smoothing) * before_V[row.ids[place]] + smoothing * before_V.mean())
+            yield row.ids[place], logp_TV[place - 1]
+
+
+def _taught(trial: Trial, row: Encoded) -> float:
+    section, teacher = trial.subject.recipe.objective, trial.sharded.teacher
+    assert teacher is not None
+    total = (1 - section.teacher_share) * _next_tokens(trial, row)
+    heat = section.temperature
+    pairs = zip(_learned(trial, row, trial.sharded.forward, heat), _learned(trial, row, teacher, heat), strict=True)
+    for (_, own_V), (_, taught_V) in pairs:
+        width = min(len(own_V), len(taught_V))
+        own_V, taught_V = own_V[:width].log_softmax(-1), taught_V[:width].log_softmax(-1)
+        divergence = (taught_V.exp() * (taught_V - own_V)).sum()
+        total += float(section.teacher_share * heat**2 * divergence)
     return total
+
+
+def _preferences(trial: Trial) -> float:
+    """Mean over pairs, from the two answers of each."""
+    section, total, likelihood = trial.subject.recipe.objective, 0.0, 0.0
+    for row in trial.rows:
+        sides = list(_sides(row))
+        if section.loss == "reward":
+            margin = _score(trial, sides[0]) - _score(trial, sides[1])
+        else:
+            found = [[float(logp_V[token]) for token, logp_V in _learned(trial, side, trial.sharded.forward)]
+                     for side in sides]  # fmt: skip
+            if section.loss == "dpo":
+                gains = [sum(logps) - before for logps, before in zip(found, row.reference, strict=True)]
+                margin = section.beta * (gains[0] - gains[1])
+            else:
+                chances = [math.exp(sum(logps) / len(logps)) for logps in found]
+                margin = math.log(chances[0] / (1 - chances[0])) - math.log(chances[1] / (1 - chances[1]))
+                likelihood -= sum(found[0])
+        smoothing = 0.0 if section.loss == "orpo" else section.label_smoothing
+        total += (1 - smoothing) * math.log1p(math.exp(-margin)) + smoothing * math.log1p(math.exp(margin))
+    mean = total / len(trial.rows)
+    if section.loss != "orpo":
+        return mean
+    return likelihood / sum(row.n_targets for row in trial.rows) + section.beta * mean
+
+
+def _sides(row: Encoded) -> Iterator[Encoded]:
+    start = 0
+    for n_tokens in row.parts:
+        part = slice(start, start + n_tokens)
+        yield Encoded(row.ids[part], row.trainable[part], None, row.where)
+        start += n_tokens
+
+
+def _score(trial: Trial, side: Encoded) -> float:
+    return float(logits_of(trial.sharded.forward(**_inputs(trial, side))).reshape(()))
 
 
 def _classes(trial: Trial, row: Encoded, example: Example) -> float:
     names: dict[int, str] = trial.sharded.plain.config.id2label  # type: ignore[assignment, union-attr]
-    logits_C = logits_of(_forward(trial, **_inputs(trial, row)))[0].double()
+    logits_C = logits_of(trial.sharded.forward(**_inputs(trial, row)))[0].double()
     if isinstance(example, MultiLabeled):
         wanted_C = torch.tensor([float(names[index] in example.labels) for index in range(len(logits_C))])
         smoothing = trial.subject.recipe.objective.label_smoothing
@@ -99,7 +156,7 @@ def _by_transformers(trial: Trial, row: Encoded) -> float:
         inputs["labels"] = batch.targets_BU
     else:
         inputs["labels"] = batch.labels_BT
-    output = _forward(trial, **{name: value.to(trial.sharded.device) for name, value in inputs.items()})
+    output = trial.sharded.forward(**{name: value.to(trial.sharded.device) for name, value in inputs.items()})
     labels = inputs.get("labels")
     n_targets = 2 if labels is None else int((labels != IGNORE).sum())
     return float(output.loss) * n_targets
