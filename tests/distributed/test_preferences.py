@@ -37,7 +37,10 @@ LONG = [
     cell("ddp reward muted", "reward", "ddp", train=ONE_ROW),
     *(cell(f"fsdp {name}", name, "fsdp") for name in OBJECTIVES),
     cell("fsdp dpo lora muted", "dpo", "fsdp", adapter=LORA, train=ONE_ROW),
+    cell("zero2 dpo muted", "dpo", "zero2", train=ONE_ROW),
+    cell("zero3 dpo", "dpo", "zero3", adapter=LORA),
     cell("tensor dpo", "dpo", "ddp", parallel={"tensor": 2}),
+    cell("tensor reward", "reward", "ddp", parallel={"tensor": 2}),
     cell("tensor distillation", "distillation", "ddp", parallel={"tensor": 2}),
 ]
 
