@@ -35,3 +35,23 @@ def test_first_lines_say_what_to_expect(path: Path) -> None:
     for name in ("time", "score"):
         # A figure as measured, or the admission that there is none; "(measured below)" is neither.
         assert re.search(r"\d", facts[name]) or facts[name].startswith("not measured"), f"{name}: {facts[name]}"
+
+
+# What a recipe names that is another recipe's output, or on a hub that no test asks.
+STAND_INS = {
+    "recipes/pretrain/nano.yaml": ["model.source=ingot://nano"],
+    "recipes/chat-completion/qwen3.yaml": ["model.source=ingot://nano"],
+    "recipes/distillation/distillation.yaml": ["objective.teacher=ingot://nano"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_the_trust_gate_raises_no_false_alarm(path: Path, request: pytest.FixtureRequest) -> None:
+    from ingot import verbs
+
+    if "shared/" in path.read_text(encoding="utf-8"):
+        request.getfixturevalue("shared_dir")
+    recipe = load_recipe(path, STAND_INS.get(name_of(path), []))
+    report = verbs.check(recipe, home=path.parent)
+    assert [(verdict.name, verdict.because) for verdict in report.failures] == []
