@@ -94,7 +94,9 @@ def _panel(row: Encoded, tokenizer: Tokenizer) -> Panel:
     body.rstrip()  # a last line break has no line to begin
     learned = sum(row.trainable)
     title = Text(row.where or "row", style="bold")
-    if row.labels is None:
+    if row.terms is not None:
+        subtitle = f"{len(row.ids)} tokens, {row.terms} of {learned} hidden, others in every epoch"
+    elif row.labels is None:
         subtitle = f"{len(row.ids)} tokens, {learned} learned ({_percent(learned, len(row.ids))})"
     else:
         subtitle = f"{len(row.ids)} tokens, {_labels(row.labels)}"

@@ -1,4 +1,4 @@
-"""`people`: a question about somebody and a text about several people -> the words of the text that answer it, if any.
+"""`people`: a question about somebody and a text about one or two people -> the words of the text that answer it, if any.
 
 The wordings of test questions are in no other split.
 """
@@ -83,8 +83,8 @@ def rows(split: str) -> Iterator[dict[str, Any]]:
     """Rows of `split`: `question`, `context`, `answers` as SQuAD writes them."""
     rng = Random(f"people {split} 1")
     for _ in range(SIZES[split]):
-        names = sorted({person(rng) for _ in range(rng.randint(2, 3))})
-        told = [(who, kind) for who in names for kind in rng.sample(list(FACTS), rng.randint(2, 3))]
+        names = sorted({person(rng) for _ in range(rng.choice((1, 1, 2)))})
+        told = [(who, kind) for who in names for kind in rng.sample(list(FACTS), 4 if len(names) == 1 else 2)]
         rng.shuffle(told)
         asked, kind = rng.choice(told)
         context, answer = "", (0, "")

@@ -11,7 +11,7 @@ from ingot.data.synthetic import generate, letters, people
 SPLITS = ("train", "validation", "test")
 
 
-@pytest.mark.parametrize(("name", "digest"), [("letters", "23d1bc68a967dcf1"), ("people", "a9878c3c283d4680")])
+@pytest.mark.parametrize(("name", "digest"), [("letters", "23d1bc68a967dcf1"), ("people", "f4408dff31f71bf1")])
 def test_rows_are_the_same_on_every_machine(name: str, digest: str) -> None:
     rows = list(generate(name, "test"))
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == digest

@@ -1,0 +1,135 @@
+"""Label sets, tags, answers and gaps from the command line: proved, trained, measured, and what users get wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ingot.data.synthetic import generate
+
+NAMES = ("Anna", "Paul", "Maria")
+CITIES = ("France", "Paris", "city", "table")
+SETS, TAGS, POINT, GAPS = "multi-label-classification", "token-classification", "question-answering", "fill-mask"
+
+
+def sets(start: int, count: int) -> list[dict[str, Any]]:
+    rows = []
+    for n in range(start, start + count):
+        found = [kind for place, kind in enumerate(("good", "late", "broken")) if n >> place & 1]
+        rows.append({"text": f"table {n} is {' and '.join(found) or 'here'}", "labels": found})
+    return rows
+
+
+def tags(start: int, count: int) -> list[dict[str, Any]]:
+    rows = [(str(n), NAMES[n % 3], "is", "in", CITIES[n % 4]) for n in range(start, start + count)]
+    return [{"tokens": row, "tags": ["O", "B-person", "O", "O", "B-city"]} for row in rows]
+
+
+def questions(start: int, count: int) -> list[dict[str, Any]]:
+    rows = []
+    for n in range(start, start + count):
+        who, where = NAMES[n % 3], CITIES[n % 4]
+        context = f"The quick brown fox jumps over {n} and {7 * n}. {who} is in {where} today."
+        found = {"text": [where], "answer_start": [context.index(where)]}
+        rows.append({"question": f"Where is {who} {n}?", "context": context, "answers": found})
+    return rows
+
+
+def texts(start: int, count: int) -> list[dict[str, Any]]:
+    rows = range(start, start + count)
+    return [{"text": f"The quick brown fox jumps over {CITIES[n % 4]} {n} and {7 * n}."} for n in rows]
+
+
+CASES: dict[str, tuple[Callable[[int, int], list[dict[str, Any]]], dict[str, Any], set[str]]] = {
+    SETS: (sets, {}, {"f1_micro", "f1_macro", "subset_accuracy"}),
+    TAGS: (tags, {}, {"entity_f1", "entity_precision", "entity_recall"}),
+    POINT: (questions, {"max_tokens": 24, "overlap_tokens": 6}, {"squad_exact_match", "squad_f1"}),
+    GAPS: (texts, {}, {"masked_accuracy", "perplexity"}),
+}
+
+
+@pytest.fixture
+def gap_folder(encoder_folder: Path, make_tokenizer: Callable[..., Any]) -> Path:
+    """The tiny encoder with a tokenizer that knows a mask token, a CLS and segments."""
+    tokenizer = make_tokenizer(None, mask_token="<|im_start|>", model_input_names=["input_ids", "token_type_ids"])
+    tokenizer.save_pretrained(encoder_folder)
+    return encoder_folder
+
+
+@pytest.fixture
+def start(make_project: Any, gap_folder: Path) -> Callable[..., Any]:
+    """start(task) -> a project with rows of that task."""
+
+    def make(task: str, **sections: Any) -> Any:
+        project = make_project(gap_folder, "text-classification")
+        rows, data, _ = CASES[task]
+        project.rows("train", rows(0, 24))
+        project.rows("test", rows(31, 8))
+        project.write(objective={"task": task}, data=data, train={"tokens_per_step": 150})
+        project.write(**sections)
+        return project
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        (TAGS, "lora"),
+        *(pytest.param(task, "lora", marks=pytest.mark.slow) for task in (SETS, POINT, GAPS)),
+        *(pytest.param(task, "none", marks=pytest.mark.slow) for task in (POINT, GAPS)),
+    ],
+)
+def test_proved_trained_and_measured(task: str, kind: str, ingot: Any, start: Any) -> None:
+    project = start(task, adapter={"kind": kind}, train={"max_steps": 6})
+    done = ingot("run", project.recipe, "--json")
+    assert done.code == 0, done.err
+    assert set(done.json()["metrics"]["tuned"]) == CASES[task][2]
+    losses = project.losses()
+    assert sum(losses[-2:]) < sum(losses[:2])
+    [first] = (project.run / "evaluation" / "tuned_rows.jsonl").read_text(encoding="utf-8").splitlines()[:1]
+    assert set(json.loads(first)) >= {"prompt", "prediction", "references"}
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_inspect_shows_rows(task: str, ingot: Any, start: Any) -> None:
+    done = ingot("inspect", start(task).recipe)
+    assert done.code == 0, done.err
+    wanted = {SETS: "labels 0", TAGS: "labels 2 1 2 2 0", POINT: "labels", GAPS: "hidden"}
+    assert wanted[task] in done.out, done.out
+
+
+def test_what_is_not_served_says_so(ingot: Any, start: Any) -> None:
+    done = ingot("run", start(TAGS, package={"enabled": True}).recipe)
+    assert done.code == 2
+    assert "package.enabled = True" in done.err
+    assert "trained and measured, but not packaged" in done.err
+
+
+@pytest.mark.parametrize(
+    ("task", "sections", "message"),
+    [
+        (TAGS, {"evaluate": {"metrics": ["accuracy"]}}, "token-classification has entity_f1"),
+        (SETS, {"data": {"streaming": True, "validation_share": 0}, "train": {"max_steps": 2}}, "know every class"),
+        (POINT, {"data": {"batches": "packed"}}, "use padded"),
+        (GAPS, {"parallel": {"context": 2}}, "parallel.context"),
+        (GAPS, {"model": {"source": "ingot://nano"}}, "has no mask token"),
+    ],
+    ids=["metric of another task", "streamed classes", "packed answers", "context", "no mask token"],
+)
+def test_settings_that_do_not_fit(task: str, sections: dict[str, Any], message: str, ingot: Any, start: Any) -> None:
+    done = ingot("run", start(task, **sections).recipe)
+    assert done.code == 2
+    assert message in " ".join(done.err.split())
+
+
+def test_generated_sets_are_read_by_their_names(ingot: Any, start: Any) -> None:
+    project = start(POINT)
+    project.write(
+        data={"train": "ingot://people", "test": {"uri": "ingot://people", "split": "test"}, "max_tokens": 96}
+    )
+    done = ingot("inspect", project.recipe)
+    assert done.code == 0, done.err
+    assert next(generate("people"))["question"].split()[0] in done.out
