@@ -5,31 +5,32 @@ Each looks at what comes out of the batch, not at what the encoder meant, and as
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from ingot.data.conversation import Conversation, Document, PromptCompletion, SourceTarget
-from ingot.data.encoded import IGNORE, Encoded, prefix_of
+from ingot.data.encoded import IGNORE, Encoded, ids_of, prefix_of
 from ingot.data.example import Example
 from ingot.data.labeled import Asked, Labeled, MultiLabeled, Tagged
 from ingot.data.preference import Preference
-from ingot.data.template import encode_all, prompt_ids
-from ingot.data.turns import render
+from ingot.data.template import encode_all
+from ingot.data.turns import Tokenizer, render, special_ids
 from ingot.model import export
 from ingot.model.generate import end_ids
 from ingot.model.load import load_tokenizer
 from ingot.model.source import model_folder
 from ingot.recipe import Model
 
+from . import mask
 from .subject import Piece, Subject
 from .verdict import Status, Verdict
 
 CUT_SHARE = 0.01  # more truncated answers than this are a mistake of data.max_tokens, fewer are outliers
 EMPTY_SHARE = 0.01
+WRITTEN_SHARE = 0.01  # rows whose own text may hold a BOS
 LISTED = 3
+NOTHING = -1  # no token
 FIX_MASK = "look at the rows (ingot inspect); set model.chat_template to a template that shows where answers begin"
 
 
@@ -75,20 +76,15 @@ def prompt_mask(subject: Subject) -> Verdict:
     name = "prompt-mask"
     if not subject.writes or isinstance(subject.first, Document):
         return Verdict(name, Status.not_applicable, "rows have no prompt beside the text that is learned")
-    wrong, seen, cut = [], 0, 0
-    for piece in subject.pieces:
-        example = _side(subject, piece)
-        if len(piece.ids) >= subject.recipe.data.max_tokens:
-            cut += 1
-            continue
-        seen += 1
-        if reason := _misplaced(example, piece, subject):
-            wrong.append(f"{subject.rows[piece.row].where}: {reason}")
+    whole = _whole(subject)
+    if not whole:
+        return Verdict(name, Status.not_applicable, "every sampled row is cut at data.max_tokens")
+    wrong = [f"{subject.rows[piece.row].where}: {reason}" for piece, reason in mask.misplaced(whole, subject)]
+    seen, cut = len(whole), len(subject.pieces) - len(whole)
     facts = {"rows": seen, "wrong": len(wrong), "first": wrong[:LISTED], "cut": cut}
     if wrong:
-        return Verdict(
-            name, Status.failed, f"{len(wrong):,} of {seen:,} rows; the first is {wrong[0]}", FIX_MASK, facts
-        )
+        because = f"{len(wrong):,} of {seen:,} rows; the first is {wrong[0]}"
+        return Verdict(name, Status.failed, because, FIX_MASK, facts)
     because = f"in {seen:,} rows every prompt is only read and every answer is learned from its first token"
     return Verdict(name, Status.passed, because, facts=facts)
 
@@ -103,42 +99,56 @@ def one_bos(subject: Subject) -> Verdict:
     if not expected:
         return Verdict(name, Status.not_applicable, "neither the tokenizer nor the template writes a BOS")
     also_eos = bos == tokenizer.eos_token_id
-    wrong = []
+    wrong, inside = [], 0
     for piece in subject.pieces:
         leading = next((n for n, token in enumerate(piece.ids) if token != bos), len(piece.ids))
         count = leading if also_eos else piece.ids.count(bos)
         if leading != 1 or count != 1:
             wrong.append(f"{subject.rows[piece.row].where} has {count}, {leading} of them at its beginning")
-    facts = {"rows": len(subject.pieces), "wrong": len(wrong), "first": wrong[:LISTED]}
+            inside += leading == 1
+    facts = {"rows": len(subject.pieces), "wrong": len(wrong), "first": wrong[:LISTED], "inside": inside}
     token = tokenizer.convert_ids_to_tokens(bos)
-    if wrong:
-        fix = f"write {token} once: in the chat template or in the rows, not in both"
-        return Verdict(name, Status.failed, f"{len(wrong):,} rows do not have one {token}: {wrong[0]}", fix, facts)
-    return Verdict(name, Status.passed, f"{len(subject.pieces):,} rows begin with one {token}", facts=facts)
+    if len(wrong) == inside <= WRITTEN_SHARE * len(subject.pieces):  # a text that speaks of it: "<s>" is HTML, too
+        found = f", and {inside:,} rows hold another one in their text: {wrong[0]}" if inside else ""
+        return Verdict(name, Status.passed, f"{len(subject.pieces):,} rows begin with one {token}{found}", facts=facts)
+    fix = f"write {token} once: in the chat template or in the rows, not in both"
+    return Verdict(name, Status.failed, f"{len(wrong):,} rows do not have one {token}: {wrong[0]}", fix, facts)
 
 
 def stop_token(subject: Subject) -> Verdict:
-    """Every answer ends with a token that generation stops at, and that token is learned."""
+    """Every answer ends with a token that generation stops at, and that token is learned.
+
+    The turns before the last one may end with another special token, as some templates write it.
+    """
     name = "stop-token"
     if not (subject.writes or isinstance(subject.first, SourceTarget)):
         return Verdict(name, Status.not_applicable, "no text is written")
-    ends, tokenizer = end_ids(None, subject.tokenizer), subject.tokenizer
-    wrong, seen = [], 0
-    for piece in subject.pieces:
-        if len(piece.ids) >= subject.recipe.data.max_tokens:
-            continue
-        seen += 1
-        last = _last_learned(piece)
-        if last is None or piece.ids[last] not in ends:
-            shown = "nothing" if last is None else repr(tokenizer.decode([piece.ids[last]]))
+    whole, tokenizer = _whole(subject), subject.tokenizer
+    if not whole:
+        return Verdict(name, Status.not_applicable, "every sampled row is cut, so none has an end")
+    ends, inner = mask.stops(subject, end_ids(None, tokenizer)), set[int]()
+    specials = ends | special_ids(tokenizer)
+    wrong = []
+    for piece in whole:
+        lasts = [piece.ids[end - 1] for _, end in mask.stretches(piece)]
+        stray = [last for last in lasts[:-1] if last not in specials]
+        if not lasts or lasts[-1] not in (specials if _goes_on(subject, piece) else ends):
+            stray += lasts[-1:] or [NOTHING]
+        inner |= set(lasts) - ends
+        if stray:
+            shown = "nothing" if stray[0] == NOTHING else repr(tokenizer.decode([stray[0]]))
             wrong.append(f"{subject.rows[piece.row].where} ends with {shown}")
     tokens = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends)))
-    facts = {"rows": seen, "wrong": len(wrong), "first": wrong[:LISTED], "stop_tokens": sorted(ends)}
+    facts = {"rows": len(whole), "wrong": len(wrong), "first": wrong[:LISTED], "stop_tokens": sorted(ends)}
     if wrong:
         fix = f"end every answer with {tokens} and let it be learned: mask padding by position, not by id"
-        because = f"{len(wrong):,} of {seen:,} rows do not learn to stop ({tokens}): {wrong[0]}"
+        because = f"{len(wrong):,} of {len(whole):,} rows do not learn to stop ({tokens}): {wrong[0]}"
         return Verdict(name, Status.failed, because, fix, facts)
-    return Verdict(name, Status.passed, f"the last learned token of {seen:,} rows is {tokens}", facts=facts)
+    because = f"the last learned token of {len(whole):,} rows is {tokens}"
+    if inner:
+        others = ", ".join(tokenizer.convert_ids_to_tokens(sorted(inner)))
+        because += f"; turns before the last one end with {others}, where generation does not stop"
+    return Verdict(name, Status.passed, because, facts={**facts, "inner": sorted(inner)})
 
 
 def same_template(subject: Subject) -> Verdict:
@@ -197,62 +207,19 @@ def _answers(example: Example) -> bool:
     return isinstance(example, Conversation | PromptCompletion | SourceTarget | Preference)
 
 
-def _side(subject: Subject, piece: Piece) -> Example:
-    example = subject.examples[subject.rows[piece.row].where]
-    return (example.chosen, example.rejected)[piece.side] if isinstance(example, Preference) else example
+def _whole(subject: Subject) -> list[Piece]:
+    """The pieces that are not cut: their ends can be judged."""
+    data = subject.recipe.data
+    limit = data.max_target_tokens if isinstance(subject.first, SourceTarget) else data.max_tokens
+    return [piece for piece in subject.pieces if len(piece.ids) < limit]
 
 
-def _last_learned(piece: Piece) -> int | None:
-    return max((n for n, learned in enumerate(piece.learned) if learned), default=None)
-
-
-def _misplaced(example: Example, piece: Piece, subject: Subject) -> str | None:
-    """What is wrong with the mask of a row, or None."""
-    asked = prompt_ids(example, subject.tokenizer, subject.recipe.data, subject.recipe.objective)
-    start = len(asked)
-    if piece.ids[:start] == asked:
-        if start < len(piece.ids) and not piece.learned[start]:
-            return f"its answer's first token ({subject.tokenizer.decode([piece.ids[start]])!r}) is not learned"
-        if start and piece.learned[start - 1]:
-            return f"the token before its answer ({subject.tokenizer.decode([piece.ids[start - 1]])!r}) is learned"
-    said = {learned: " ".join(_texts(piece, subject, learned=learned)) for learned in (True, False)}
-    for text in _read_only(example):
-        if _plain(text) not in _plain(said[False]):
-            return f"{text[:60]!r} is learned, and it is the prompt's"
-    for text in _to_learn(example, subject):
-        if _plain(text) not in _plain(said[True]):
-            return f"{text[:60]!r} is the model's, and not all of it is learned"
-    return None
-
-
-def _texts(piece: Piece, subject: Subject, *, learned: bool) -> Iterator[str]:
-    start = 0
-    for kind, group in groupby(piece.learned):
-        end = start + len(list(group))
-        if kind is learned:
-            yield subject.tokenizer.decode(piece.ids[start:end], skip_special_tokens=False)
-        start = end
-
-
-def _plain(text: str) -> str:
-    """Without blanks, which tokenizers move and templates trim."""
-    return "".join(text.split())
-
-
-def _read_only(example: Example) -> list[str]:
-    if isinstance(example, Conversation):
-        return [turn.content for turn in example.messages if turn.role in ("user", "system") and turn.content.strip()]
-    return [example.prompt] if isinstance(example, PromptCompletion) else []
-
-
-def _to_learn(example: Example, subject: Subject) -> list[str]:
-    if isinstance(example, Conversation):
-        turns = [turn for turn in example.messages if turn.role == "assistant"]
-        turns = turns[-1:] if subject.recipe.objective.train_on == "last-assistant" else turns
-        # Templates drop the thoughts of earlier turns.
-        said = [turn.content.rpartition("</think>")[2] for turn in turns if turn.learned]
-        return [text for text in said if text.strip()]
-    return [example.completion] if isinstance(example, PromptCompletion) else []
+def _goes_on(subject: Subject, piece: Piece) -> bool:
+    """Whether turns follow the last one that is learned."""
+    example = mask.example_of(subject, piece)
+    if not isinstance(example, Conversation):
+        return False
+    return not (example.messages[-1].role == "assistant" and example.messages[-1].learned)
 
 
 def _named(row: Encoded, example: Example, labels: tuple[str, ...], subject: Subject) -> str | None:
@@ -265,12 +232,40 @@ def _named(row: Encoded, example: Example, labels: tuple[str, ...], subject: Sub
         learned = [label for label, is_on in zip(labels, row.labels, strict=True) if is_on]
         return None if learned == list(example.labels) else f"{learned!r}, not {list(example.labels)!r}"
     if isinstance(example, Tagged):
-        learned = [labels[number] for number in row.labels if number != IGNORE]
-        wanted = list(example.tags[: len(learned)])
-        return None if learned and learned == wanted else f"{learned[:8]!r}, not {wanted[:8]!r}"
-    if isinstance(example, Asked) and row.labels[1] > 0:
-        first, last = row.labels
-        answer = subject.tokenizer.decode(row.ids[first : last + 1])
-        same = {_plain(answer).casefold(), _plain(example.answers[0][0]).casefold()}
-        return None if len(same) == 1 else f"{answer!r}, not {example.answers[0][0]!r}"
+        return _mistagged(row, example, labels, subject.tokenizer)
+    return _mispointed(row, example, subject.tokenizer) if isinstance(example, Asked) else None
+
+
+def _mistagged(row: Encoded, example: Tagged, labels: tuple[str, ...], tokenizer: Tokenizer) -> str | None:
+    """Whether the tags are another sequence, or stand beside the words that they belong to."""
+    assert row.labels is not None
+    places = [place for place, number in enumerate(row.labels) if number != IGNORE]
+    learned = [labels[row.labels[place]] for place in places]
+    pairs = list(zip(example.words, example.tags, strict=True))
+    if learned != [tag for _, tag in pairs[: len(learned)]]:  # control characters are words without a token
+        pairs = [pair for pair in pairs if ids_of(tokenizer, pair[0])]
+    wanted = [tag for _, tag in pairs[: len(learned)]]
+    if not learned or learned != wanted:
+        return f"{learned[:8]!r}, not {wanted[:8]!r}"
+    for (word, tag), start, end in zip(pairs, places, [*places[1:], len(row.ids)], strict=False):
+        said = mask.plain(tokenizer.decode(row.ids[start:end], skip_special_tokens=True))
+        if tokenizer.unk_token_id not in row.ids[start:end] and not said.startswith(mask.plain(word)):
+            return f"{tag!r} at {said!r}, not at {word!r}"
     return None
+
+
+def _mispointed(row: Encoded, example: Asked, tokenizer: Tokenizer) -> str | None:
+    """Whether the learned tokens are others than the fewest that hold the answer."""
+    assert row.labels is not None
+    first, last = row.labels
+    if last <= 0 or not example.answers or tokenizer.unk_token_id in row.ids[first : last + 1]:
+        return None
+    answer, said = (
+        mask.plain(example.answers[0][0]),
+        [
+            mask.plain(tokenizer.decode(row.ids[start:end]))
+            for start, end in ((first, last + 1), (first + 1, last + 1), (first, last))
+        ],
+    )
+    fits = answer in said[0] and (first == last or not any(answer and answer in less for less in said[1:]))
+    return None if fits else f"{said[0]!r}, not {example.answers[0][0]!r}"
