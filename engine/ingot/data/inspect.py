@@ -94,7 +94,7 @@ def _panel(row: Encoded, tokenizer: Tokenizer) -> Panel:
     body.rstrip()  # a last line break has no line to begin
     learned = sum(row.trainable)
     title = Text(row.where or "row", style="bold")
-    if row.terms is not None:
+    if row.terms is not None and not row.parts:  # a pair counts the terms of its first answer
         subtitle = f"{len(row.ids)} tokens, {row.terms} of {learned} hidden, others in every epoch"
     elif row.labels is None:
         subtitle = f"{len(row.ids)} tokens, {learned} learned ({_percent(learned, len(row.ids))})"

@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from ingot.data.conversation import Conversation, Message, PromptCompletion
+from ingot.data.encoded import Encoded
 from ingot.data.inspect import STYLES, as_dict, render, segments
 from ingot.data.labeled import Labeled
 from ingot.data.template import encode
@@ -77,6 +78,12 @@ def test_classes_are_shown_with_their_index(tiny_tokenizer):
     out = shown([row], tiny_tokenizer)
     assert "class 1" in out
     assert "labels seen" in out
+
+
+def test_what_is_hidden_anew_is_told_from_a_pair_of_answers(tiny_tokenizer):
+    gaps, pair = (Encoded([5, 6, 7, 8], [False, True, False, True], None, "f:1", parts, 1) for parts in ((), (2, 2)))
+    assert "4 tokens, 1 of 2 hidden" in shown([gaps], tiny_tokenizer)
+    assert "4 tokens, 2 learned (50 %)" in shown([pair], tiny_tokenizer)
 
 
 def test_plain_values_for_json(chat_row, tiny_tokenizer):
