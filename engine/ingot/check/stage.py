@@ -27,7 +27,8 @@ def proved(recipe: Recipe, home: Path, prepared: Prepared, device: torch.device,
         run = create_run(recipe, home)
         save(report, run.folder)
         listed = "".join(f"\n  {it.name}: {it.because}\n    fix: {it.fix}" for it in report.failures)
-        text = f"{len(report.failures)} proofs failed, and nothing was trained:{listed}"
+        proofs = "1 proof" if len(report.failures) == 1 else f"{len(report.failures)} proofs"
+        text = f"{proofs} failed, and nothing was trained:{listed}"
         run.note(status="refused", error=text)
         raise CheckFailed(f"{text}\nreport: {run.folder / 'check.html'}; to train in spite of it: check.waive")
     for verdict in report.verdicts:
