@@ -1,13 +1,15 @@
 """Rows that stand in both train and test, exactly or nearly: a score on them measures memory.
 
 Near duplicates are found with MinHash (Broder 1997) in bands (Leskovec et al. 2020, chapter 3) over character shingles
-and confirmed by their exact Jaccard similarity, so that none is reported that is not one.
+and confirmed one by one. What many training rows hold (a system prompt, the words of a prompt template) counts as no
+likeness: two rows are near where what they alone share is large beside all in which they differ.
 """
 
+import hashlib
 import random
-import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,20 +17,22 @@ from numpy.typing import NDArray
 
 from .verdict import Status, Verdict
 
-SHINGLE = 5  # characters
-NEAR = 0.9  # Jaccard similarity from which two rows are near duplicates
+SHINGLE = 5  # bytes: five fit into an integer, so that no two of them are taken for one
+NEAR = 0.9  # similarity from which two rows are near duplicates
 BANDS, ROWS_PER_BAND = 16, 4  # finds a pair of similarity 0.9 with probability 1 - 5e-8
+CANDIDATES = 20  # training rows that are compared with a test row: those that share most bands
+COMMON_SHARE, COMMON_ROWS = 0.1, 10  # a shingle in more training rows than these is common
+SURVEYED = 1000  # training rows in which common shingles are counted
 TRAIN_ROWS = 10  # training rows that are kept for each test row
 LEAKED_SHARE = 0.01  # public benchmarks of short questions have 0.2 to 0.5 % (banking77)
 LISTED = 3
-PRIME = (1 << 31) - 1
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Match:
-    """A test row and the training row that it repeats. `similarity`: Jaccard, of their shingles."""
+    """A test row and the training row that it repeats. `similarity`: as `similarity` tells it."""
 
     test: int
     train: int
@@ -36,49 +40,83 @@ class Match:
 
 
 def near_duplicates(train: Sequence[str], test: Sequence[str]) -> list[Match]:
-    """For each text of `test` that has one, its most similar text of `train` with a similarity of at least NEAR."""
-    draw = np.random.default_rng(0)
-    factors = draw.integers(1, PRIME, BANDS * ROWS_PER_BAND, dtype=np.int64)
-    offsets = draw.integers(0, PRIME, BANDS * ROWS_PER_BAND, dtype=np.int64)
+    """For each text of `test` that has one, its most similar text of `train` with a similarity of at least NEAR.
+
+    Holds the signatures of all rows and the shingles of one, so memory does not depend on how long rows are.
+    """
+    factors, common = _factors(), common_shingles(train)
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-    sets = [shingles(text) for text in train]
-    for number, found in enumerate(sets):
-        for key in _bands(found, factors, offsets):
+    for number, text in enumerate(train):
+        for key in _bands(_own(shingles(text), common), factors):
             buckets[key].append(number)
     matches = []
     for number, text in enumerate(test):
         found = shingles(text)
-        candidates = {other for key in _bands(found, factors, offsets) for other in buckets.get(key, ())}
-        best = max(((jaccard(found, sets[other]), -other) for other in candidates), default=(0.0, 0))
+        votes = Counter(other for key in _bands(_own(found, common), factors) for other in buckets.get(key, ()))
+        likely = [other for other, _ in votes.most_common(CANDIDATES)]
+        best = max(((similarity(found, shingles(train[other]), common), -other) for other in likely), default=(0.0, 0))
         if best[0] >= NEAR:
             matches.append(Match(number, -best[1], best[0]))
     return matches
 
 
-def shingles(text: str) -> frozenset[int]:
-    """Hashes of every stretch of SHINGLE characters, blanks and case aside; of the whole text where it is shorter."""
-    plain = " ".join(text.casefold().split()).encode()
-    return frozenset(zlib.crc32(plain[i : i + SHINGLE]) & PRIME for i in range(max(1, len(plain) - SHINGLE + 1)))
+def shingles(text: str) -> Ints:
+    """Every stretch of SHINGLE bytes as a number, sorted, blanks and case aside; the whole text where it is shorter."""
+    plain = np.frombuffer(" ".join(text.casefold().split()).encode().ljust(SHINGLE, b"\0"), dtype=np.uint8)
+    n, found = len(plain) - SHINGLE + 1, np.zeros(len(plain) - SHINGLE + 1, dtype=np.uint64)
+    for place in range(SHINGLE):
+        found = (found << np.uint64(8)) | plain[place : place + n]
+    return np.unique(found)
 
 
-def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
-    """Size of the intersection over size of the union."""
-    shared = len(a & b)
-    return shared / (len(a) + len(b) - shared)
+def common_shingles(texts: Sequence[str]) -> Ints:
+    """Shingles of more than COMMON_SHARE of `texts`, and of more than COMMON_ROWS or, of few texts, half of them."""
+    step = max(1, len(texts) // SURVEYED)
+    surveyed = texts[::step]
+    if not surveyed:
+        return np.zeros(0, dtype=np.uint64)
+    values, counts = np.unique(np.concatenate([shingles(text) for text in surveyed]), return_counts=True)
+    most = max(COMMON_SHARE * len(surveyed), min(COMMON_ROWS, len(surveyed) / 2), 1)
+    return values[counts > most]
 
 
-def _bands(found: Iterable[int], factors: Ints, offsets: Ints) -> list[tuple[int, bytes]]:
-    """Keys of the buckets that a set falls into."""
-    values = np.fromiter(found, dtype=np.int64)
-    # Factors and values are below 2**31, so that products stay below 2**62.
-    minima = ((values[:, None] * factors + offsets) % PRIME).min(axis=0)
+def similarity(one: Ints, other: Ints, common: Ints) -> float:
+    """Number of shingles that both and few others have, over these and all that only one of both has."""
+    shared = np.intersect1d(one, other, assume_unique=True)
+    apart = len(one) + len(other) - 2 * len(shared)
+    own = len(_own(shared, common))
+    return own / (own + apart) if own else 0.0
+
+
+def _own(found: Ints, common: Ints) -> Ints:
+    return np.setdiff1d(found, common, assume_unique=True) if len(common) else found
+
+
+def _factors() -> tuple[Ints, Ints]:
+    draw = np.random.default_rng(0)
+    factors, offsets = draw.integers(0, 1 << 63, (2, BANDS * ROWS_PER_BAND), dtype=np.uint64)
+    return factors | np.uint64(1), offsets
+
+
+def _bands(found: Ints, factors: tuple[Ints, Ints]) -> list[tuple[int, bytes]]:
+    """Keys of the buckets that a set falls into; an empty one falls into none."""
+    if not len(found):
+        return []
+    with np.errstate(over="ignore"):  # multiplication modulo 2**64 (Dietzfelbinger et al. 1997), its upper half
+        hashed = (found[:, None] * factors[0] + factors[1]) >> np.uint64(32)
+    minima = hashed.min(axis=0)
     return [(band, part.tobytes()) for band, part in enumerate(minima.reshape(BANDS, ROWS_PER_BAND))]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class Texts:
     """What rows of train and test ask; of very many a share is kept, drawn with `seed` (Vitter 1985, algorithm R).
 
-    `measured`: whether the recipe measures anything on the test rows.
+    Of every training row a digest is kept (8 bytes), so that exact repeats are found among all of them. `measured`:
+    whether the recipe measures anything on the test rows.
     """
 
     def __init__(self, limit: int, seed: int, *, measured: bool = True) -> None:
@@ -87,15 +125,23 @@ class Texts:
         self._draw = random.Random(f"leakage {seed}")
         self.seen: dict[str, int] = {"train": 0, "test": 0}
         self.kept: dict[str, list[str]] = {"train": [], "test": []}
+        self._digests = array("Q")
 
     def add(self, part: str, text: str) -> None:
         """Take a row of `part`."""
         kept, limit = self.kept[part], self._limits[part]
         self.seen[part] += 1
+        if part == "train":
+            self._digests.append(_digest(text))
         if len(kept) < limit:
             kept.append(text)
         elif (place := self._draw.randrange(self.seen[part])) < limit:
             kept[place] = text
+
+    def repeated(self) -> list[bool]:
+        """Of each kept test row whether a training row asks the same."""
+        asked = np.array([_digest(text) for text in self.kept["test"]], dtype=np.uint64)
+        return list(np.isin(asked, np.frombuffer(self._digests, dtype=np.uint64)))
 
     @property
     def sampled(self) -> str:
@@ -111,10 +157,10 @@ def no_leakage(texts: Texts) -> Verdict:
         return Verdict(name, Status.not_applicable, "nothing is measured on the test rows: evaluate.enabled is false")
     if not test or not texts.kept["train"]:
         return Verdict(name, Status.not_applicable, "there is no test row" if not test else "there is no training row")
-    train = list(dict.fromkeys(texts.kept["train"]))
-    known = set(train)
-    exact = [text for text in test if text in known]
-    near = near_duplicates(train, [text for text in test if text not in known])
+    train, repeated = list(dict.fromkeys(texts.kept["train"])), texts.repeated()
+    exact = [text for text, is_repeated in zip(test, repeated, strict=True) if is_repeated]
+    rest = [text for text, is_repeated in zip(test, repeated, strict=True) if not is_repeated]
+    near = near_duplicates(train, rest) if len(train) > 1 else []  # one row does not show what is common to all
     share = (len(exact) + len(near)) / len(test)
     because = f"{len(exact):,} of {len(test):,} test rows also stand in train, {len(near):,} more nearly ({share:.1%})"
     shown = [text[:80] for text in exact[:LISTED]] + [train[match.train][:80] for match in near[:LISTED]]
