@@ -32,11 +32,12 @@ def attach_adapter(model: nn.Module, adapter: Adapter, task: Task, seed: int) ->
     An adapter on an output head that is tied to the embedding unties them, and the configuration says so.
 
     Raises RecipeError when `adapter.targets` names no weight of this model, or one that takes no adapter of this kind.
-    `kind: none` returns the model with every weight trainable that the task can move.
+    `kind: none` returns the model with every weight trainable that architecture and task let move.
     """
     if adapter.kind == "none":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = not _cancels_out(name, parameter, task)
+            # What the architecture itself holds fixed, such as sinusoidal positions, stays so.
+            parameter.requires_grad &= not _cancels_out(name, parameter, task)
         return model
     heads = _heads(model, task)
     chosen = _targets(model, adapter, heads)

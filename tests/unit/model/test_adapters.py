@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+)
 
 from ingot.errors import IngotError, RecipeError
 from ingot.model import adapters
@@ -138,3 +145,13 @@ def test_merge_that_changes_the_model_is_caught(monkeypatch):
     monkeypatch.setattr(tuner, "merge_and_unload", lossy)
     with pytest.raises(IngotError, match="merged model's logits differ"):
         adapters.merge(model, [PROBE])
+
+
+def test_full_fine_tuning_leaves_fixed_positions_alone():
+    """Pegasus adds sinusoids: a table that is computed, not learned."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 32}
+    pegasus = PegasusForConditionalGeneration(PegasusConfig(**sizes))
+    model = adapters.attach_adapter(pegasus, Adapter(kind="none"), "summarization", 0)
+    fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert fixed == ["model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"]
