@@ -190,7 +190,7 @@ class Evaluate(Section):
     max_rows: Positive | None = None
     """Measure on this many test rows, drawn with `data.split_seed`. None: all."""
     max_new_tokens: Positive = 128
-    """Longest generated answer."""
+    """Longest generated answer, or answer found in a context, in tokens."""
     tokens_per_batch: Positive = 8192
     """Prompt and answer tokens of one generation batch."""
     merge_references: bool = False
