@@ -16,7 +16,7 @@ from ingot.model.runtime import Runtime
 from ingot.ranks import Ranks
 from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
 
-from .trial import Trial, divisor_of, loss_of, on_one_rank, quiet, shares
+from .trial import Trial, divisor_of, loss_of, on_one_rank, quiet, shares, stir
 from .verdict import Status, Verdict
 
 LARGEST_EXPORT_BYTES = 4 << 30  # a larger model is compared in memory: writing it would take longer than the proofs
@@ -28,6 +28,7 @@ def saved_and_merged(trial: Trial) -> list[Verdict]:
     same-after-merge: so has the merged model, read by transformers alone from its own folder.
     """
     reload, merge = "same-after-reload", "same-after-merge"
+    stir(trial)
     with quiet(trial.sharded.wrapped), torch.no_grad():
         before = _loss(trial, trial.sharded.plain, wrapped=True)
     with tempfile.TemporaryDirectory() as name:

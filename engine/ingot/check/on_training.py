@@ -13,6 +13,8 @@ from ingot.data.encoded import Encoded
 from ingot.data.loader import muted
 from ingot.model.adapters import trainable_tensors
 from ingot.parallel.sharded import Sharded
+from ingot.recipe import Recipe
+from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
 
 from .expected import expected_loss
 from .trial import Trial, distance, divisor_of, fingerprints, gradients, loss_of, quiet, shares
@@ -20,6 +22,7 @@ from .verdict import Status, Verdict
 
 STEPS = 2  # the first moves one of A and B only, since the other one starts at zero
 LISTED = 3
+SMALL_LOSS = 0.05  # below it differences are taken as a share of this
 
 
 def everything_moves(trial: Trial) -> Verdict:
@@ -29,21 +32,22 @@ def everything_moves(trial: Trial) -> Verdict:
     frozen = fingerprints(sharded.plain)
     parts, divisor = shares(trial.rows, trial.subject, 1, recipe.train.tokens_per_microbatch), divisor_of(trial.rows)
     sharded.wrapped.train()
-    norms, losses = [], []
+    norms, losses, reached = [], [], set[str]()
     for _ in range(STEPS):
         losses.append(loss_of(sharded, trial.subject, parts, divisor).item())
+        reached |= {key for key, p in trainable_tensors(sharded.plain) if p.grad is not None and bool(p.grad.any())}
         norms.append(sharded.step(recipe.optim.lr, recipe.optim.clip_grad_norm))
     after = dict(trainable_tensors(sharded.plain))
-    still = [key for key, tensor in before.items() if tensor.numel() == 0 or torch.equal(tensor, after[key].detach())]
+    # Weight decay moves what no gradient reaches.
+    still = [key for key, value in before.items() if key not in reached or torch.equal(value, after[key].detach())]
     moved = [key for key, value in fingerprints(sharded.plain).items() if value != frozen.get(key)]
     facts = {"trainable": len(before), "frozen": len(frozen), "still": still, "moved": moved, "losses": losses}
     if not all(torch.isfinite(torch.tensor([*norms, *losses]))):
         fix = "lower optim.lr, or use model.dtype: float32"
         return Verdict(name, Status.failed, f"loss or gradient are not finite: {losses}, {norms}", fix, facts)
     if still:
-        because = f"{len(still)} of {len(before)} trainable tensors did not change in {STEPS} steps: {_listed(still)}"
-        fix = "leave them out of adapter.targets: the loss does not depend on them"
-        return Verdict(name, Status.failed, because, fix, facts)
+        because = f"{len(still)} of {len(before)} trainable tensors did not learn in {STEPS} steps: {_listed(still)}"
+        return Verdict(name, Status.failed, because, _fix_still(trial, reached.issuperset(still)), facts)
     if moved:
         because = f"{len(moved)} frozen tensors changed: {_listed(moved)}"
         return Verdict(name, Status.failed, because, "report this model: something writes to its weights", facts)
@@ -59,7 +63,7 @@ def right_loss(trial: Trial) -> Verdict:
         if isinstance(found, str):
             return Verdict(name, Status.not_applicable, found)
         ours = loss_of(sharded, trial.subject, shares(trial.rows, trial.subject), divisor_of(trial.rows))
-    apart = abs(ours.item() - found.value) / max(abs(found.value), 1e-6)
+    apart = _apart(found.value, ours.item())
     facts = {"loss": ours.item(), "expected": found.value, "relative_difference": apart, "definition": found.by}
     limit = trial.tolerance(1e-4, 2e-2)
     because = f"{ours.item():.5f}, and {found.value:.5f} by {found.by} ({len(trial.rows)} rows)"
@@ -70,9 +74,12 @@ def right_loss(trial: Trial) -> Verdict:
 
 
 def isolated_rows(trial: Trial) -> Verdict:
-    """A row's loss is the same alone and among others, and no gradient passes from it to another row."""
+    """A row's loss is the same alone and among others, and no gradient passes from it to another row or to padding.
+
+    The shortest, the longest and a middle row of the probe.
+    """
     name, sharded, subject = "isolated-rows", trial.sharded, trial.subject
-    rows = trial.rows[:3]
+    rows = list({id(row): row for row in (trial.rows[0], trial.rows[len(trial.rows) // 2], trial.rows[-1])}.values())
     if len(rows) < 2:
         return Verdict(name, Status.not_applicable, "there is only one row")
     leaks, worst = [], 0.0
@@ -82,17 +89,17 @@ def isolated_rows(trial: Trial) -> Verdict:
             divisor = divisor_of([row])
             with _embedded(sharded) as seen:
                 together = loss_of(sharded, subject, [others], divisor).item()
-            own, foreign = _shares_of_gradient(seen[0], number, rows, subject.recipe.data.batches != "padded")
+            own, foreign = _shares_of_gradient(seen[0], number, rows, subject.recipe)
             sharded.drop()
             with torch.no_grad():
                 alone = loss_of(sharded, subject, [[row]], divisor).item()
-            worst = max(worst, abs(together - alone) / max(abs(alone), 1e-6))
+            worst = max(worst, _apart(alone, together))
             if foreign > 0 or not own > 0:
                 leaks.append(number)
     how = "end to end" if subject.recipe.data.batches != "padded" else "one below the other"
     facts = {"rows": len(rows), "leaks": leaks, "relative_difference": worst, "batches": subject.recipe.data.batches}
     if leaks:
-        because = f"the loss of row {leaks[0]} of {len(rows)} depends on the others' tokens (rows {how})"
+        because = f"the loss of row {leaks[0]} of {len(rows)} depends on tokens that are not its own (rows {how})"
         fix = "use data.batches: padded, or another model.attention"
         return Verdict(name, Status.failed, because, fix, facts)
     if not worst <= trial.tolerance(1e-4, 5e-2):
@@ -118,7 +125,7 @@ def invariant_loss(trial: Trial) -> Verdict:
         reference = gradients(sharded)
         for way, (world, budget) in ways.items():
             loss = loss_of(sharded, subject, shares(rows, subject, world, budget), divisor).item()
-            apart[way] = abs(loss - whole) / max(abs(whole), 1e-6), distance(reference, gradients(sharded))
+            apart[way] = _apart(whole, loss), distance(reference, gradients(sharded))
     worst = max(apart, key=lambda way: max(apart[way]))
     facts = {way: {"loss": loss, "gradient": gradient} for way, (loss, gradient) in apart.items()}
     loss, gradient = apart[worst]
@@ -135,6 +142,22 @@ def invariant_loss(trial: Trial) -> Verdict:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------
+
+
+def _apart(one: float, other: float) -> float:
+    """How far `other` is from `one`, as a share of it; a loss near zero is a difference of numbers around one, and as
+    exact as these.
+    """
+    return abs(one - other) / max(abs(one), SMALL_LOSS)
+
+
+def _fix_still(trial: Trial, reached: bool) -> str:
+    recipe = trial.subject.recipe
+    if reached:
+        return f"raise optim.lr = {recipe.optim.lr:g}: so small a step is lost to rounding"
+    if recipe.adapter.kind == "none":
+        return "set adapter.kind: lora, or waive it (check.waive): the loss does not depend on these weights"
+    return "leave them out of adapter.targets: the loss does not depend on them"
 
 
 def _listed(names: list[str]) -> str:
@@ -165,16 +188,19 @@ def _embedded(sharded: Sharded) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _shares_of_gradient(embedded: Tensor, number: int, rows: list[Encoded], flat: bool) -> tuple[float, float]:
-    """Size of the gradient at the tokens of row `number`, and at those of all others."""
+def _shares_of_gradient(embedded: Tensor, number: int, rows: list[Encoded], recipe: Recipe) -> tuple[float, float]:
+    """Size of the gradient at the tokens of row `number`, and at all others: those of other rows, and padding."""
     assert embedded.grad is not None
     size_T = embedded.grad.detach().float().abs().sum(-1)
     own = torch.zeros_like(size_T, dtype=torch.bool)
-    if flat:
+    if recipe.data.batches != "padded":
         lengths = [len(row.ids) for row in rows]
         start = sum(lengths[:number])
         own[0, start : start + lengths[number]] = True
     else:
-        sides = len(size_T) // len(rows)
-        own[number * sides : (number + 1) * sides] = True
+        row, sides = rows[number], len(size_T) // len(rows)
+        is_read_first = recipe.objective.task in SEQUENCE_TO_SEQUENCE
+        lengths = list(row.parts) if sides > 1 else [row.parts[0] if is_read_first else len(row.ids)]
+        for side, length in enumerate(lengths):
+            own[number * sides + side, :length] = True
     return float(size_T[own].sum()), float(size_T[~own].sum())

@@ -25,6 +25,9 @@ from ingot.train.reference import referenced
 
 from .subject import Subject
 
+STILL = 0.01  # root mean square that a tensor of zeros is stirred as if it had: one half of an adapter starts so
+MOST_DRAWN = 1 << 16  # numbers that are drawn for a tensor; larger ones repeat them
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -113,6 +116,27 @@ def quiet(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
+
+
+def stir(trial: Trial) -> None:
+    """Move what is trained until the loss shows it well above what `tolerance` lets pass.
+
+    Two steps with a small optim.lr change the loss by less than rounding, and a model that lost them would look right.
+    """
+    seeded, wanted = torch.Generator().manual_seed(0), trial.tolerance(1e-2, 1e-1)
+    with quiet(trial.sharded.wrapped), torch.no_grad():
+        before = _stirred_loss(trial)
+        for size in (0.03, 0.1, 0.3):
+            for p in (p for _, p in trainable_tensors(trial.sharded.plain) if p.numel()):
+                few = torch.randn(min(p.numel(), MOST_DRAWN), generator=seeded)
+                noise = few.repeat(-(-p.numel() // len(few)))[: p.numel()].view(p.shape).to(p)
+                p.add_(noise, alpha=size * max(float(p.float().square().mean().sqrt()), STILL))
+            if not abs(_stirred_loss(trial) - before) < wanted * max(before, 0.1):
+                return
+
+
+def _stirred_loss(trial: Trial) -> float:
+    return loss_of(trial.sharded, trial.subject, shares(trial.rows, trial.subject), divisor_of(trial.rows)).item()
 
 
 def gradients(sharded: Sharded) -> dict[str, Tensor]:
