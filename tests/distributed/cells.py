@@ -42,7 +42,8 @@ from ingot.train.checkpoint import Checkpoints
 from ingot.train.loop import Rows, fit
 
 VOCABULARY, HALF, CLASSES = 97, 50, 3
-POINTING = ("multi-label-classification", "token-classification", "question-answering", "fill-mask")
+POOLED = ("text-classification", "multi-label-classification")
+POINTING = (*POOLED, "token-classification", "question-answering", "fill-mask")
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -65,7 +66,7 @@ class Died(Exception):
 def small_model(kind: str, task: str = "language-modeling", **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SMALL, **changes})
-    if task == "multi-label-classification":
+    if task in POOLED:
         model: nn.Module = MeanPoolClassifier(AutoModel.from_config(config, attn_implementation="ingot"), CLASSES)
         model.backbone.pooler = None
     else:
@@ -103,6 +104,8 @@ def with_targets(rows: list[Encoded]) -> list[Encoded]:
 
 def with_answers(rows: list[Encoded], task: str) -> list[Encoded]:
     """Rows in which something is pointed out: labels that follow from their ids, or tokens to hide."""
+    if task == "text-classification":
+        return [replace(row, labels=[row.ids[0] % CLASSES]) for row in rows]
     if task == "multi-label-classification":
         return [replace(row, labels=[(row.ids[0] + number) % 2 for number in range(CLASSES)]) for row in rows]
     if task == "token-classification":

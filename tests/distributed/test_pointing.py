@@ -1,4 +1,4 @@
-"""Label sets, tags, answers and hidden tokens on two gloo ranks: the same losses, gradients and weights as on one."""
+"""Classes, label sets, tags, answers, hidden tokens on two gloo ranks: losses, gradients and weights as on one."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 
 BERT = {"kind": "bert", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SETS, TAGS, POINT, GAPS = "multi-label-classification", "token-classification", "question-answering", "fill-mask"
+CLASS = "text-classification"
 LORA = {"kind": "lora", "rank": 4}
 
 
@@ -25,10 +26,13 @@ def cell(name: str, task: str, strategy: str, batches: str = "padding-free", **s
 # One of a row a step: the second rank gets a muted one.
 MUTED = {"tokens_per_step": 12, "tokens_per_microbatch": 48}
 CELLS = [
+    cell("ddp class muted", CLASS, "ddp", train=MUTED),
     cell("ddp sets", SETS, "ddp"),
     cell("ddp tags muted", TAGS, "ddp", train=MUTED),
     cell("ddp answers muted", POINT, "ddp", "padded", train=MUTED),
     cell("ddp gaps", GAPS, "ddp", adapter=LORA),
+    cell("fsdp class", CLASS, "fsdp", "padded"),
+    cell("fsdp sets muted", SETS, "fsdp", train=MUTED),
     cell("fsdp tags", TAGS, "fsdp", "padded"),
     cell("fsdp answers", POINT, "fsdp", "padded", adapter=LORA),
     cell("fsdp gaps muted", GAPS, "fsdp", train=MUTED),
