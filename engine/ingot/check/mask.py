@@ -173,11 +173,16 @@ def _texts(piece: Piece, tokenizer: Tokenizer, *, learned: bool) -> Iterator[str
 
 
 def plain(text: str) -> str:
-    """Letters and digits only, in one form: templates trim blanks, tokenizers move them, fold case, accents, width."""
+    """Letters and digits only: templates trim and escape what is around them."""
+    return _NO_LETTER.sub("", folded(text))
+
+
+def folded(text: str) -> str:
+    """`text` in one form and without blanks: tokenizers move these, and fold case, accents and width."""
     if not text.isascii():
         parted = unicodedata.normalize("NFKD", text)
         text = "".join(character for character in parted if not unicodedata.combining(character))
-    return _NO_LETTER.sub("", text.casefold())
+    return "".join(text.casefold().split())
 
 
 def _read_only(example: Example) -> list[str]:

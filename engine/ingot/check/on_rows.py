@@ -58,15 +58,20 @@ def whole_answers(subject: Subject) -> Verdict:
     """Answers are not cut: a model that learns cut ones learns not to stop."""
     name, dropped = "whole-answers", subject.prepared.facts.dropped
     share = dropped.truncated / dropped.total if dropped.total else 0.0
-    limit = subject.recipe.data.max_tokens
+    data = subject.recipe.data
+    limit = f"data.max_tokens = {data.max_tokens}"
+    if isinstance(subject.first, SourceTarget):
+        limit += f" or data.max_target_tokens = {data.max_target_tokens}"
     facts = {"truncated": dropped.truncated, "rows": dropped.total, "share": share}
-    because = f"{dropped.truncated:,} of {dropped.total:,} rows are cut at data.max_tokens = {limit} ({share:.1%})"
+    because = f"{dropped.truncated:,} of {dropped.total:,} rows are cut at {limit} ({share:.1%})"
     if isinstance(subject.first, Document) or not _answers(subject.first):
         return Verdict(
             name, Status.not_applicable, f"{because}; rows have no answer that could lose its end", "", facts
         )
     if share > CUT_SHARE:
         fix = "raise data.max_tokens (and train.tokens_per_microbatch), or shorten the rows"
+        if isinstance(subject.first, SourceTarget):
+            fix = "raise data.max_tokens or data.max_target_tokens, whichever it is, or shorten the rows"
         return Verdict(name, Status.failed, f"{because}: their answers have no end", fix, facts)
     return Verdict(name, Status.passed, because, facts=facts)
 
@@ -242,7 +247,7 @@ def _mistagged(row: Encoded, example: Tagged, labels: tuple[str, ...], tokenizer
     places = [place for place, number in enumerate(row.labels) if number != IGNORE]
     learned = [labels[row.labels[place]] for place in places]
     pairs = list(zip(example.words, example.tags, strict=True))
-    if learned != [tag for _, tag in pairs[: len(learned)]]:  # control characters are words without a token
+    if len(places) < len(pairs):  # control characters are words without a token
         pairs = [pair for pair in pairs if ids_of(tokenizer, pair[0])]
     wanted = [tag for _, tag in pairs[: len(learned)]]
     if not learned or learned != wanted:
@@ -260,12 +265,7 @@ def _mispointed(row: Encoded, example: Asked, tokenizer: Tokenizer) -> str | Non
     first, last = row.labels
     if last <= 0 or not example.answers or tokenizer.unk_token_id in row.ids[first : last + 1]:
         return None
-    answer, said = (
-        mask.plain(example.answers[0][0]),
-        [
-            mask.plain(tokenizer.decode(row.ids[start:end]))
-            for start, end in ((first, last + 1), (first + 1, last + 1), (first, last))
-        ],
-    )
+    answer, parts = mask.folded(example.answers[0][0]), ((first, last + 1), (first + 1, last + 1), (first, last))
+    said = [mask.folded(tokenizer.decode(row.ids[start:end])) for start, end in parts]
     fits = answer in said[0] and (first == last or not any(answer and answer in less for less in said[1:]))
     return None if fits else f"{said[0]!r}, not {example.answers[0][0]!r}"

@@ -16,7 +16,7 @@ from ingot.model.runtime import Runtime
 from ingot.ranks import Ranks
 from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
 
-from .trial import Trial, divisor_of, loss_of, on_one_rank, quiet, shares, stir
+from .trial import Trial, apart_by, divisor_of, loss_of, on_one_rank, quiet, shares, stir
 from .verdict import Status, Verdict
 
 LARGEST_EXPORT_BYTES = 4 << 30  # a larger model is compared in memory: writing it would take longer than the proofs
@@ -124,7 +124,7 @@ def _after_export(trial: Trial, model: nn.Module, before: float, folder: Path, n
 
 
 def _compared(trial: Trial, name: str, before: float, after: float, how: str) -> Verdict:
-    apart = abs(after - before) / max(abs(before), 1e-6)
+    apart = apart_by(before, after)
     facts = {"loss": before, "after": after, "relative_difference": apart}
     because = f"loss {before:.5f} before, {after:.5f} after: {how}"
     if not apart <= trial.tolerance(1e-4, 2e-2):

@@ -17,12 +17,11 @@ from ingot.recipe import Recipe
 from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
 
 from .expected import expected_loss
-from .trial import Trial, distance, divisor_of, fingerprints, gradients, loss_of, quiet, shares
+from .trial import Trial, apart_by, distance, divisor_of, fingerprints, gradients, loss_of, quiet, shares
 from .verdict import Status, Verdict
 
 STEPS = 2  # the first moves one of A and B only, since the other one starts at zero
 LISTED = 3
-SMALL_LOSS = 0.05  # below it differences are taken as a share of this
 
 
 def everything_moves(trial: Trial) -> Verdict:
@@ -63,7 +62,7 @@ def right_loss(trial: Trial) -> Verdict:
         if isinstance(found, str):
             return Verdict(name, Status.not_applicable, found)
         ours = loss_of(sharded, trial.subject, shares(trial.rows, trial.subject), divisor_of(trial.rows))
-    apart = _apart(found.value, ours.item())
+    apart = apart_by(found.value, ours.item())
     facts = {"loss": ours.item(), "expected": found.value, "relative_difference": apart, "definition": found.by}
     limit = trial.tolerance(1e-4, 2e-2)
     because = f"{ours.item():.5f}, and {found.value:.5f} by {found.by} ({len(trial.rows)} rows)"
@@ -93,7 +92,7 @@ def isolated_rows(trial: Trial) -> Verdict:
             sharded.drop()
             with torch.no_grad():
                 alone = loss_of(sharded, subject, [[row]], divisor).item()
-            worst = max(worst, _apart(alone, together))
+            worst = max(worst, apart_by(alone, together))
             if foreign > 0 or not own > 0:
                 leaks.append(number)
     how = "end to end" if subject.recipe.data.batches != "padded" else "one below the other"
@@ -125,7 +124,7 @@ def invariant_loss(trial: Trial) -> Verdict:
         reference = gradients(sharded)
         for way, (world, budget) in ways.items():
             loss = loss_of(sharded, subject, shares(rows, subject, world, budget), divisor).item()
-            apart[way] = _apart(whole, loss), distance(reference, gradients(sharded))
+            apart[way] = apart_by(whole, loss), distance(reference, gradients(sharded))
     worst = max(apart, key=lambda way: max(apart[way]))
     facts = {way: {"loss": loss, "gradient": gradient} for way, (loss, gradient) in apart.items()}
     loss, gradient = apart[worst]
@@ -142,13 +141,6 @@ def invariant_loss(trial: Trial) -> Verdict:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------
-
-
-def _apart(one: float, other: float) -> float:
-    """How far `other` is from `one`, as a share of it; a loss near zero is a difference of numbers around one, and as
-    exact as these.
-    """
-    return abs(one - other) / max(abs(one), SMALL_LOSS)
 
 
 def _fix_still(trial: Trial, reached: bool) -> str:

@@ -26,6 +26,7 @@ from ingot.train.reference import referenced
 from .subject import Subject
 
 STILL = 0.01  # root mean square that a tensor of zeros is stirred as if it had: one half of an adapter starts so
+SMALL_LOSS = 0.05  # below it differences are taken as a share of this
 MOST_DRAWN = 1 << 16  # numbers that are drawn for a tensor; larger ones repeat them
 
 
@@ -126,7 +127,7 @@ def stir(trial: Trial) -> None:
     seeded, wanted = torch.Generator().manual_seed(0), trial.tolerance(1e-2, 1e-1)
     with quiet(trial.sharded.wrapped), torch.no_grad():
         before = _stirred_loss(trial)
-        for size in (0.03, 0.1, 0.3):
+        for size in (0.03, 0.1, 0.3, 1.0):
             for p in (p for _, p in trainable_tensors(trial.sharded.plain) if p.numel()):
                 few = torch.randn(min(p.numel(), MOST_DRAWN), generator=seeded)
                 noise = few.repeat(-(-p.numel() // len(few)))[: p.numel()].view(p.shape).to(p)
@@ -137,6 +138,13 @@ def stir(trial: Trial) -> None:
 
 def _stirred_loss(trial: Trial) -> float:
     return loss_of(trial.sharded, trial.subject, shares(trial.rows, trial.subject), divisor_of(trial.rows)).item()
+
+
+def apart_by(one: float, other: float) -> float:
+    """How far `other` is from `one`, as a share of it; a loss near zero is a difference of numbers around one, and as
+    exact as these.
+    """
+    return abs(one - other) / max(abs(one), SMALL_LOSS)
 
 
 def gradients(sharded: Sharded) -> dict[str, Tensor]:
