@@ -17,7 +17,8 @@ from ingot.data.template import Encoded
 from ingot.parallel.layout import Layout
 from ingot.ranks import Ranks
 from ingot.recipe import Objective
-from ingot.train.objectives import inputs_of, next_token
+from ingot.train.forward import inputs_of
+from ingot.train.objectives import next_token
 
 WORDS = 11
 
