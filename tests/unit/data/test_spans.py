@@ -24,7 +24,7 @@ def rows_of(tokenizer: Any, row: Asked, data: Data) -> list[Any]:
     return encode_all([row], tokenizer, data, POINT, ())[0]
 
 
-@pytest.mark.parametrize("answer", ["Paris", "The", "France.", "quick brown fox", "dog. Paris is"])
+@pytest.mark.parametrize("answer", ["Paris", "The", "France.", ".", "quick brown fox", "dog. Paris is"])
 @pytest.mark.parametrize("trim", [False, True], ids=["blank in the token", "blank trimmed"])
 def test_an_answer_is_the_tokens_that_hold_it(answer: str, trim: bool, make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(trim_offsets=trim)
