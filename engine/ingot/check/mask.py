@@ -54,13 +54,13 @@ def stretches(piece: Piece, *, learned: bool = True) -> list[Stretch]:
 
 
 def stops(subject: Subject, ids: frozenset[int]) -> frozenset[int]:
-    """`ids` and those that the model's own files name: generation reads these too."""
+    """`ids` and those that the model's own files name, if they are tokens: generation reads these too."""
     folder, found = model_folder(subject.recipe.model, subject.home, weights=False), set(ids)
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             named = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
             found.update(named if isinstance(named, list) else [] if named is None else [named])
-    return frozenset(found)
+    return frozenset(number for number in found if subject.tokenizer.convert_ids_to_tokens(number) is not None)
 
 
 def misplaced(pieces: Sequence[Piece], subject: Subject) -> Iterator[tuple[Piece, str]]:

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ingot import verbs
+from ingot.check import on_saving
 from ingot.check.gate import PROOFS
 from ingot.check.verdict import Status
 from ingot.data.encoded import IGNORE
@@ -229,6 +230,117 @@ def test_a_tied_head_that_is_lost_when_it_is_merged(found, monkeypatch, model_fo
     assert failed(found(adapter=targets)) == []
     monkeypatch.setattr(adapters, "_untie", lambda *_: None)
     assert failed(found(adapter=targets)) == ["same-after-merge"]
+
+
+# A learning rate at which two steps change the loss by less than any tolerance: nothing may hide behind it.
+TINY = {"optim": {"lr": 1e-6}}
+
+
+def test_a_sound_recipe_of_tiny_steps_passes(found):
+    assert failed(found(**TINY)) == []
+    assert failed(found(**TINY, model={"dtype": "bfloat16"})) == []
+
+
+def rewritten(monkeypatch, change):
+    """Adapter files as `change(tensors)` leaves them."""
+    original = adapters.save_adapter
+
+    def save(model, folder, base):
+        original(model, folder, base)
+        file = Path(folder) / "adapter_model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    monkeypatch.setattr(adapters, "save_adapter", save)
+
+
+def swap(tensors):
+    """Two layers' adapters, each in the other's place."""
+    for name in [name for name in tensors if ".layers.0." in name]:
+        other = name.replace(".layers.0.", ".layers.1.")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def forget_a_half(tensors):
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name] = torch.zeros_like(tensors[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("change", [swap, forget_a_half])
+def test_an_adapter_that_comes_back_as_another(found, monkeypatch, model_folder, change, dtype):
+    config = LlamaConfig.from_pretrained(model_folder, initializer_range=0.2)  # a head that tells hidden states apart
+    LlamaForCausalLM(config).save_pretrained(model_folder)
+    rewritten(monkeypatch, change)
+    assert "same-after-reload" in failed(found(**TINY, model={"dtype": dtype}))
+
+
+def test_a_full_model_that_is_saved_as_it_was(found, monkeypatch, model_folder):
+    original = export.export_model
+
+    def untrained(model, *args):
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(model_folder).state_dict())
+        return original(model, *args)
+
+    monkeypatch.setattr(on_saving, "export_model", untrained)
+    assert failed(found(**TINY, adapter={"kind": "none"})) == ["same-after-reload"]
+
+
+def test_a_weight_that_only_decays(found, monkeypatch):
+    """No gradient reaches it, and weight decay moves it all the same."""
+
+    def cut(model):
+        inner = model.model.layers[1].mlp
+        inner.register_forward_hook(lambda module, inputs, output: output.detach())
+
+    monkeypatch.setattr(adapters, "attach_adapter", attached(cut))
+    verdicts = found(adapter={"kind": "none"}, optim={"weight_decay": 0.1, "lr": 1e-2})
+    assert "everything-moves" in failed(verdicts)
+    assert "model.layers.1.mlp.up_proj.weight" in verdicts["everything-moves"].facts["still"]
+
+
+def test_an_optimizer_that_is_given_no_rate(found, monkeypatch):
+    original = Sharded.step
+    monkeypatch.setattr(Sharded, "step", lambda self, lr, limit: original(self, 0.0, limit))
+    assert "everything-moves" in failed(found())
+
+
+def test_padding_that_is_attended_to(found, monkeypatch, model_folder, tmp_path):
+    original = Sharded.forward
+
+    def blind(self, **inputs):
+        return original(self, **inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
+
+    config = BertConfig(
+        vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    BertModel(config).save_pretrained(model_folder)
+    for name, start in (("train", 0), ("test", 1000)):
+        texts = [row["messages"][0]["content"] for row in chats(start, 20)]
+        rows = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts)]
+        write(tmp_path / f"labeled-{name}.jsonl", rows)
+    sections = {"objective": {"task": "text-classification"}, "adapter": {"kind": "none"}}
+    data = {"train": "labeled-train.jsonl", "test": "labeled-test.jsonl", "batches": "padded"}
+    assert failed(found(**sections, data=data)) == []
+    monkeypatch.setattr(Sharded, "forward", blind)
+    assert "isolated-rows" in failed(found(**sections, data=data))
+
+
+def test_positions_that_do_not_start_again(found, monkeypatch, model_folder, tiny_tokenizer):
+    config = GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=512)
+    GPT2LMHeadModel(config).save_pretrained(model_folder)
+    data = {"batches": "padding-free"}
+    assert failed(found(data=data)) == []
+    original = objectives.collate
+
+    def onwards(*args, **options):
+        batch = original(*args, **options)
+        return replace(batch, positions_BT=torch.arange(batch.ids_BT.shape[1]).unsqueeze(0))
+
+    monkeypatch.setattr(objectives, "collate", onwards)
+    assert "isolated-rows" in failed(found(data=data))
 
 
 def test_answers_that_are_cut(found):
