@@ -118,6 +118,11 @@ RULES = (
     ),
     Rule(
         "parallel.context",
+        lambda c: c.context > 1 and c.task == "distillation",
+        "the teacher is whole on every rank and reads whole lines; use context=1",
+    ),
+    Rule(
+        "parallel.context",
         lambda c: c.context > 1 and c.task not in CAUSAL,
         "only next tokens can be learned from a part of a row, and this objective looks at whole rows; use context=1",
     ),
