@@ -171,7 +171,7 @@ def test_models_are_read_in_parts(models: dict[str, Any], case: str) -> None:
     """The very weights, adapters and heads that a rank alone has, with its gradients and steps."""
     found = models[case]
     assert found["in parts"]
-    assert found["notes"] == []
+    assert [note for note in found["notes"] if note.startswith("load:")] == []
     _same_model(found)
 
 

@@ -68,6 +68,12 @@ TURNED_AWAY = {
         "parallel.context",
         "context=1",
     ),
+    "a teacher of a part of a line": (
+        2,
+        {"parallel": {"strategy": "ddp", "context": 2}, "objective": {"method": "distillation", "teacher": "x"}},
+        "parallel.context",
+        "the teacher is whole",
+    ),
     "packed classes": (
         2,
         {"data": {"train": "x", "batches": "packed"}, "objective": {"task": "text-classification"}},
