@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # one launch, and the unit tests cover one rank
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5  # of each loss, float32
 STEPS = 6

@@ -243,6 +243,7 @@ def same_tensors(one: Path, two: Path, atol: float) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=name)
 
 
+@pytest.mark.slow
 def test_run_folder_is_that_of_ddp(recipe_file: Path, tmp_path: Path) -> None:
     """Adapter and merged model, made from the checkpoint by rank 0 alone."""
     ddp = finetuned(2, recipe_file, tmp_path / "ddp")

@@ -47,6 +47,7 @@ def trained(ranks: int, recipe: Path, out: Path, *changes: str) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_runs_of_ranks_that_share_end_as_a_run_of_one(recipe_file: Path, tmp_path: Path) -> None:
     one = trained(1, recipe_file, tmp_path / "one")
     expected = [point["metrics"]["train_loss"] for point in read_metrics(one / "metrics.jsonl")]
