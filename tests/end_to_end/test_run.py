@@ -189,7 +189,7 @@ def test_verbs_one_by_one(ingot, project):
     packaged = ingot("package", project.run, "--json").json()["package"]
     assert (Path(packaged) / "MLmodel").is_file()
     summary = ingot("run", project.recipe, "package.verify=false", "--resume", project.run, "--json").json()
-    assert list(summary["stages"]) == ["check", "finetune", "evaluate", "package"]
+    assert list(summary["stages"]) == ["finetune", "evaluate", "package"]
 
 
 def test_base_model_alone(ingot, project):
