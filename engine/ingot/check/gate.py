@@ -17,9 +17,11 @@ from ingot.recipe import Recipe
 from ingot.recipe_io import recipe_hash
 from ingot.registry import nearest
 from ingot.runfolder import versions
+from ingot.train.memory import is_out_of_memory
 
 from . import on_rows, on_saving, on_training
 from .leakage import Texts, no_leakage
+from .room import no_room
 from .subject import Subject, draw, probes_of
 from .trial import Frozen, Trial, set_up
 from .verdict import Report, Status, Verdict
@@ -74,6 +76,23 @@ def _all(subject: Subject, texts: Texts) -> Iterator[Verdict]:
     for row_proof in ON_ROWS.values():
         yield _timed(lambda proof=row_proof: proof(subject))  # type: ignore[misc]
     yield _timed(lambda: no_leakage(texts))
+    reason, done = no_room(subject), set[str]()
+    try:
+        for verdict in () if reason else _on_model(subject):
+            done.add(verdict.name)
+            yield verdict
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"model: not tried to the end, there is no memory left on this {subject.device.type}"
+    if reason:
+        subject.sampled.append(reason)
+    for name in (*ON_MODEL, *SAVING):
+        if name not in done:
+            yield Verdict(name, Status.not_applicable, reason or "")
+
+
+def _on_model(subject: Subject) -> Iterator[Verdict]:
     try:
         trial = set_up(subject)
     except (RecipeError, Frozen) as error:  # what the recipe asks of the model: the adapter's targets, foremost

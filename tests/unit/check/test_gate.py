@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ingot import verbs
-from ingot.check import on_saving
+from ingot.check import on_saving, on_training, room
 from ingot.check.gate import PROOFS
 from ingot.check.verdict import Status
 from ingot.data.encoded import IGNORE
@@ -388,3 +388,24 @@ def test_a_run_stops_before_it_trains_and_keeps_the_report(tmp_path, found, mode
     assert {"check.json", "check.html", "run.json"} <= {path.name for path in run.iterdir()}
     assert not (run / "checkpoints").exists()
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "refused"
+
+
+def test_a_model_that_is_too_large_for_this_machine_is_not_tried(found, monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
+    verdicts = found()
+    assert failed(verdicts) == []
+    left_out = [name for name, verdict in verdicts.items() if verdict.status is Status.not_applicable]
+    assert left_out == ["right-labels", *PROOFS[8:]]
+    assert "0 GiB are free on this cpu; run `ingot check` on a larger machine" in verdicts["right-loss"].because
+
+
+def test_memory_that_runs_out_leaves_the_rest_of_the_proofs_out(found, monkeypatch):
+    def hungry(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(on_training, "gradients", hungry)
+    verdicts = found()
+    assert failed(verdicts) == []
+    assert verdicts["isolated-rows"].status is Status.passed
+    assert verdicts["invariant-loss"].status is verdicts["same-after-merge"].status is Status.not_applicable
+    assert "no memory left" in verdicts["invariant-loss"].because
