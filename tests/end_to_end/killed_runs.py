@@ -223,7 +223,8 @@ def kills(folder: Path, count: int, world: int = 1, seed: int = 0) -> dict[str, 
                 raise AssertionError(f"{kind}: {codes}: {job.said()}")
         reached, newest = max((step for step, _ in job.losses()), default=0), job.newest()
         # One write may be under way; the one before it is published before it starts.
-        if newest < before or newest < (reached // EVERY - 1) * EVERY:
+        # A step's line is written before its save begins, and a save begins when the one before it is published.
+        if newest < before or newest < ((reached - 1) // EVERY - 1) * EVERY:
             raise AssertionError(f"{kind}: step {reached} was done, but {newest} is the newest checkpoint")
         before, died = newest, died + (reached < steps)
         again = len(job.losses()) - reached
