@@ -222,7 +222,6 @@ def kills(folder: Path, count: int, world: int = 1, seed: int = 0) -> dict[str, 
             if codes not in ([0], [-signal.SIGKILL]):
                 raise AssertionError(f"{kind}: {codes}: {job.said()}")
         reached, newest = max((step for step, _ in job.losses()), default=0), job.newest()
-        # One write may be under way; the one before it is published before it starts.
         # A step's line is written before its save begins, and a save begins when the one before it is published.
         if newest < before or newest < ((reached - 1) // EVERY - 1) * EVERY:
             raise AssertionError(f"{kind}: step {reached} was done, but {newest} is the newest checkpoint")
