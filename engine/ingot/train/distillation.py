@@ -3,6 +3,8 @@
 B rows, K positions kept, N targets, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from ingot.data.loader import IGNORE, Batch
 from ingot.data.plan import Divisor
-from ingot.errors import RecipeError
+from ingot.errors import ModelError, RecipeError
 from ingot.model.lines import Settled, settle
 from ingot.model.load import Tokenizer, load_model, load_tokenizer
 from ingot.parallel.sharded import Sharded
@@ -55,7 +57,8 @@ def settled(recipe: Recipe, home: Path, device: torch.device, dtype: torch.dtype
     found = settle(recipe, home, device, dtype)
     if recipe.objective.teacher is None or found.batches == "padded":
         return found
-    taught = settle(_taught(recipe), home, device, dtype)
+    with _named(recipe):
+        taught = settle(_taught(recipe), home, device, dtype)
     if taught.batches != "padded":
         return found
     notes = [f"{note}, in the teacher" for note in taught.notes]
@@ -68,7 +71,9 @@ def check_teacher(recipe: Recipe, home: Path, tokenizer: Tokenizer) -> None:
     teacher = recipe.objective.teacher
     if teacher is None:
         return
-    own, other = tokenizer.get_vocab(), load_tokenizer(_taught(recipe).model, home).get_vocab()
+    with _named(recipe):
+        other = load_tokenizer(_taught(recipe).model, home).get_vocab()
+    own = tokenizer.get_vocab()
     if own != other:
         apart = sorted({*own.items()} ^ {*other.items()}, key=lambda item: (item[1], item[0]))
         fix = (
@@ -91,6 +96,17 @@ def load_teacher(recipe: Recipe, home: Path, device: torch.device, dtype: torch.
         taught.model.model_copy(update={"attention": attention}), home, recipe.objective.task, dtype=dtype
     )
     return model.eval().requires_grad_(False).to(device)
+
+
+@contextmanager
+def _named(recipe: Recipe) -> Iterator[None]:
+    """Says objective.teacher where a reader of models would blame model.source."""
+    try:
+        yield
+    except ModelError as error:
+        if error.field != "model.source":
+            raise
+        raise ModelError("objective.teacher", recipe.objective.teacher, error.fix, where=error.where) from error
 
 
 def _taught(recipe: Recipe) -> Recipe:
