@@ -147,7 +147,7 @@ def test_a_teacher_of_other_tokens_is_refused(model_folder, tiny_tokenizer, tmp_
 
 
 def test_a_teacher_that_is_not_there_is_refused(model_folder, tiny_tokenizer, tmp_path):
-    with pytest.raises(ModelError, match="objective.teacher = .gone.: no such folder"):
+    with pytest.raises(ModelError, match=r"objective\.teacher = .gone.: no such folder"):
         check_teacher(recipe_for(model_folder, "gone"), tmp_path, tiny_tokenizer)
 
 
