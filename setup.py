@@ -44,7 +44,8 @@ EXTRAS = {
         "ruff>=0.9",
         "scikit-learn>=1.5",  # the tests hold our F1 against it
         "scipy>=1.11",
-        "trl>=1.16,<2",  # the tests hold our losses and masks against it
+        "triton>=3.3; platform_system == 'Linux'",  # tests run the kernels by its interpreter
+        "trl>=1.16,<2",  # tests and benchmarks hold ours against it
         "types-PyYAML>=6.0",
     ],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6"],

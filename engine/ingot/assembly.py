@@ -76,7 +76,7 @@ def build(
     model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, recipe.train.seed)
     if tied and not adapters.tied_head(model):
         progress.note("adapter.targets: the output head was tied to the embedding and now has its own weight")
-    if recipe.train.gradient_checkpointing:
+    if recipe.train.activation_checkpointing != "none":
         recompute_blocks(model)
     if reader is not None:
         reader.lay_out(model)

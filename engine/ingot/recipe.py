@@ -17,6 +17,8 @@ from ingot.recipe_data import Objective as Objective
 from ingot.recipe_data import Source as Source
 from ingot.recipe_data import Task as Task
 
+Op = Literal["linear_cross_entropy", "lora_linear", "rms_norm", "rope", "gated"]
+
 
 class Model(Section):
     """Which model to start from."""
@@ -66,15 +68,31 @@ class Adapter(Section):
 class Quantization(Section):
     """A frozen base held in few bits, by bitsandbytes; adapters are trained over it (QLoRA, Dettmers et al. 2023)."""
 
-    kind: Literal["none", "nf4", "int8"] = "none"
-    """nf4: 4-bit NormalFloat in blocks of 64. int8: LLM.int8 (Dettmers et al. 2022)."""
+    kind: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """nf4: 4-bit NormalFloat in blocks of 64. int8: LLM.int8 (Dettmers et al. 2022). fp8: float8 e4m3 with a scale a
+    row; products run in float8 where the GPU has it."""
     double: bool = True
     """nf4: quantize the scales too (0.4 bits a weight less)."""
+
+
+class Kernels(Section):
+    """Fused operations in the place of the model's own (`ingot_kernels`). The same results, in less time and memory."""
+
+    ops: Literal["auto", "none"] | Annotated[list[Op], Field(min_length=1)] = "auto"
+    """auto: every operation that this model has a place for. A list: these, and it is an error when the model has no
+    place for one of them."""
+    impl: Literal["auto", "triton", "torch"] = "auto"
+    """Who computes them. auto: Triton on a GPU, torch on a CPU."""
 
 
 class Optim(Section):
     """AdamW (Loshchilov & Hutter 2019) and its schedule."""
 
+    state: Literal["float32", "int8"] = "float32"
+    """How the moments are held. int8: in blocks of 256 with a scale each (Dettmers et al. 2021); small tensors and
+    embeddings stay in float32."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """How trained weights are held. bfloat16: rounded stochastically after each step, without a float32 copy."""
     lr: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -109,8 +127,13 @@ class Train(Section):
     (`parallel.context`). Changes memory and speed, never the gradient."""
     group_by_length: bool = False
     """Put rows of similar length into the same step: less padding, slightly less random steps."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again instead of keeping it. full: every block (Chen et al. 2016), about a third
+    more time. selective: only what is cheap, so that results of attention and of matrix products are kept."""
+    offload_activations: bool = False
+    """GPU: keep what the backward pass needs in CPU memory, moved there and back beside the computation."""
+    compile: bool = False
+    """torch.compile every block: faster steps after minutes of compiling in the first."""
     seed: int = 0
     """Seed of initialisation, dropout and row order."""
     deterministic: bool = False
@@ -262,6 +285,7 @@ class Recipe(Section):
     objective: Objective = Objective()
     adapter: Adapter = Adapter()
     quantization: Quantization = Quantization()
+    kernels: Kernels = Kernels()
     optim: Optim = Optim()
     train: Train = Train()
     parallel: Parallel = Parallel()

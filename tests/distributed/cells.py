@@ -169,7 +169,7 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
         for name, parameter in trainable_tensors(model):
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    if recipe.train.gradient_checkpointing:
+    if recipe.train.activation_checkpointing != "none":
         recompute_blocks(model)
     sharded = parallelize(model, ranks, recipe, device, getattr(torch, cell.get("dtype", "float32")))
     first: dict[str, Tensor] = {}

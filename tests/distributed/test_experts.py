@@ -42,7 +42,7 @@ def cell(
     name: str, model: dict[str, Any], adapter: dict[str, Any], parallel: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
     """As cells.py takes it; on two ranks blocks are computed again."""
-    recompute = {"gradient_checkpointing": parallel["strategy"] == "fsdp"}
+    recompute = {"activation_checkpointing": "full" if parallel["strategy"] == "fsdp" else "none"}
     return {
         "name": name,
         "model": model,

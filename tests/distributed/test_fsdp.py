@@ -43,12 +43,12 @@ def trainer() -> ModuleType:
 FEW = {"rank": 1, "targets": ["q_proj"]}  # so few that their gradients wait for the last microbatch
 PLAIN: dict[str, dict[str, Any]] = {
     "full padded": {"adapter": {"kind": "none"}, "data": {"batches": "padded"}},
-    "full recomputed": {"adapter": {"kind": "none"}, "train": {"gradient_checkpointing": True}},
+    "full recomputed": {"adapter": {"kind": "none"}, "train": {"activation_checkpointing": "full"}},
     "lora": {"adapter": {"kind": "lora", "rank": 4}},
     "lora padded recomputed": {
         "adapter": {"kind": "lora", "rank": 4},
         "data": {"batches": "padded"},
-        "train": {"gradient_checkpointing": True},
+        "train": {"activation_checkpointing": "full"},
     },
     "few packed": {
         "adapter": {"kind": "lora", **FEW},

@@ -20,7 +20,7 @@ CELLS = [
     # 120 tokens a step in microbatches of 48, clipped; 97 words are no even number; embedding and head are tied
     cell("full"),
     cell("padded", sections={"adapter": LORA, "data": {"batches": "padded"}}),
-    cell("packed", sections={"data": {"batches": "packed"}, "train": {"gradient_checkpointing": True}}),
+    cell("packed", sections={"data": {"batches": "packed"}, "train": {"activation_checkpointing": "full"}}),
     # Ranks of a group draw the same masks as one rank, also for what they hold a part of.
     cell("dropout", sections={"adapter": {**LORA, "dropout": 0.3}}),
     cell("norms of heads", "qwen3", {"head_dim": 8}),

@@ -16,7 +16,7 @@ def cell(name: str, strategy: str, sections: dict[str, Any], **shared: int) -> d
 CELLS = [
     cell("lines", "ddp", {}, context=2),
     cell("lines, adapters, packed", "ddp", {**LORA, "data": {"batches": "packed"}}, context=2),
-    cell("lines, fsdp, recomputed", "fsdp", {"train": {"gradient_checkpointing": True}}, context=2),
+    cell("lines, fsdp, recomputed", "fsdp", {"train": {"activation_checkpointing": "full"}}, context=2),
     cell("matrices", "ddp", {}, tensor=2),
     cell("matrices, adapters", "ddp", LORA, tensor=2),
     cell("matrices, fsdp", "fsdp", {}, tensor=2),

@@ -17,7 +17,7 @@ LORA = {"kind": "lora", "rank": 1, "alpha": 2.0}  # one row: the second rank's p
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "zero2-full": ("full", {"parallel": {"strategy": "zero2"}}),
     "zero3-full": ("full", {"parallel": {"strategy": "zero3"}}),
-    "zero3-recomputed": ("lora", {"parallel": {"strategy": "zero3"}, "train": {"gradient_checkpointing": True}}),
+    "zero3-recomputed": ("lora", {"parallel": {"strategy": "zero3"}, "train": {"activation_checkpointing": "full"}}),
     "zero3-lora-offloaded": ("lora", {"parallel": {"strategy": "zero3", "offload": "parameters"}}),
     "zero1-lora-offloaded": ("lora", {"parallel": {"strategy": "zero1", "offload": "optimizer"}}),
 }

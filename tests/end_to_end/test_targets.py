@@ -77,7 +77,7 @@ def test_every_weight_of_the_embedded_t5(ingot, translating):
     translating.write(
         model={"source": "ingot://nano-t5", "initialization": "random"},
         adapter={"kind": "none"},
-        train={"gradient_checkpointing": True},
+        train={"activation_checkpointing": "full"},
     )
     done = ingot("finetune", translating.recipe, "check.enabled=false")
     assert done.code == 0, done.err

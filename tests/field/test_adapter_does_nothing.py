@@ -100,7 +100,7 @@ def test_every_trainable_tensor_moves(cells, tmp_path, kind, recompute):
         "name": "moves",
         "sections": {
             "adapter": {"kind": kind, "rank": 4},
-            "train": {"max_steps": 2, "gradient_checkpointing": recompute},
+            "train": {"max_steps": 2, "activation_checkpointing": "full" if recompute else "none"},
         },
     }
     cells.train(cell, tmp_path)

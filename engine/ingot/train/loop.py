@@ -115,7 +115,7 @@ def fit(
         state = checkpoints.load(sharded, "last", notify)
     watch_every, save_every = _intervals(rows.train, recipe)
     meter = meter or Meter()
-    meter.watch(sharded, train.gradient_checkpointing)
+    meter.watch(sharded, train.activation_checkpointing == "full")
     step = _Step(sharded, rows, recipe, meter, folder or checkpoints.folder, notify)
     with _stop_signals() as stopped, guard.deterministic(train.deterministic), checkpoints:
         for portion, made in ahead(rows.train.start(state.cursor), step.batches):

@@ -178,8 +178,8 @@ def _levers(failure: Failure, recipe: Recipe, budget: int, world: int) -> Iterat
             yield f"train.tokens_per_microbatch={smaller} (now {budget}): the same result, a little slower"
         if recipe.data.batches == "padded":
             yield "data.batches=padding-free (now padded): the same result, no memory for padding"
-        if not train.gradient_checkpointing:
-            yield "train.gradient_checkpointing=true: the same result, about a third more time"
+        if train.activation_checkpointing == "none":
+            yield "train.activation_checkpointing=full: the same result, about a third more time"
         if smaller >= budget and failure.load.longest:
             shorter = max(1, failure.load.longest // 2)
             yield f"data.max_tokens={shorter} (now {recipe.data.max_tokens}): longer rows lose their end"
