@@ -77,6 +77,50 @@ class Documents:
         return grouped(self.lengths, 0, self.bounds.device)
 
 
+class _Take(torch.autograd.Function):
+    """[T, ...] -> the tokens of all groups [sum of G x L, ...].
+
+    What fills a document up gets no gradient, for causal attention never looks at it and `_Return` drops what it gives;
+    so the gradient is read at one place a token, where that of index_select adds up all.
+    """
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, taken: Tensor, back: Tensor) -> Tensor:
+        context.save_for_backward(back)
+        return rows.index_select(0, taken)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, *context.saved_tensors), None, None
+
+
+class _Return(torch.autograd.Function):
+    """The inverse of `_Take`, from tokens of all groups [sum of G x L, ...] to [T, ...]."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, back: Tensor) -> Tensor:
+        context.save_for_backward(back)
+        context.size = len(rows)
+        return rows.index_select(0, back)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        [back] = context.saved_tensors
+        return gradient.new_zeros(context.size, *gradient.shape[1:]).index_copy_(0, back, gradient), None
+
+
+def take(rows: Tensor, taken: Tensor, back: Tensor) -> Tensor:
+    """The tokens `taken` of a line [T, ...], as `grouped` says."""
+    return _Take.apply(rows, taken, back)
+
+
+def put_back(rows: Tensor, back: Tensor) -> Tensor:
+    """What attention gave for `taken` tokens, in the order of the line [T, ...]."""
+    return _Return.apply(rows, back)
+
+
 def grouped(
     lengths: tuple[int, ...], near: int, device: torch.device
 ) -> tuple[list[Group], Tensor | None, Tensor | None]:

@@ -147,6 +147,31 @@ def test_flex_sees_its_document_only(kind: tuple[str, ...], causal: bool, monkey
     torch.testing.assert_close(got, by_hand(*inputs, LENGTHS, options), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_on_a_cpu_is_computed_in_float32(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def spying(query: Tensor, *others: Any, **options: Any) -> Tensor:
+        output = plain(query, *others, **options)
+        seen.append(output.dtype)
+        return output
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", spying)
+    lengths = (70, 3, module.WIDENED + 40)
+    inputs = tensors(lengths, dtype=torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = BACKENDS["sdpa"](*inputs, Documents.of(lengths, CPU), Options(True, SCALE))
+    assert got.dtype == torch.bfloat16 and set(seen) == {torch.float32, torch.bfloat16}
+    wanted = BACKENDS["sdpa"](*exact, Documents.of(lengths, CPU), Options(True, SCALE))
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-2, atol=1e-2)
+    weights = torch.randn_like(wanted)
+    gradients = torch.autograd.grad((got.double() * weights).sum(), inputs)
+    for one, other in zip(gradients, torch.autograd.grad((wanted * weights).sum(), exact), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("backend", "kind", "causal"), GPU_CASES)
 def test_on_a_gpu_every_backend_is_its_definition(backend: str, kind: tuple[str, ...], causal: bool) -> None:
