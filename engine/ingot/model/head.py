@@ -1,0 +1,238 @@
+"""Losses made inside the output head, so that its logits are never held.
+
+While something is `asked` of a model, its head hands the hidden states and its weights to what was asked and returns a
+zero in place of the logits. Because this happens in the head's own forward, whatever wraps the model (FSDP2, ZeRO-3,
+DistributedDataParallel, hooks) sees the head run as always and has its weight whole there. When nothing is asked,
+logits come out.
+
+What a model does to its logits afterwards (a cap, a scale, a bias) is read from its configuration and proven on a small
+instance of its class.
+"""
+
+# B rows, T tokens, N = B*T hidden states, H hidden size, V vocabulary
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ingot.model.lines import shrunk
+from ingot_kernels.dispatch import Impl
+from ingot_kernels.linear_cross_entropy import Head, LowRank, linear_cross_entropy_reference
+
+Compute = Callable[[Tensor, Head], Tensor]  # (hidden states [N, H], the head) -> what is asked, connected to both
+
+SCALES = {"logit_scale": 1.0, "lm_head_multiplier": 1.0, "logits_scaling": -1.0}  # name in a configuration -> exponent
+LENGTH = 11  # tokens of the trial
+CLOSE = 1e-4  # largest difference of loss or a gradient, as a share of the largest value; rounding leaves about 1e-6
+
+
+class Form(NamedTuple):
+    """What follows the head's product: softcap(scale * (logits + the model's final_logits_bias)) where it has one."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Asked:
+    """A question to a head, and its answer."""
+
+    def __init__(self, compute: Compute) -> None:
+        self._compute = compute
+        self._answer: Tensor | None = None
+
+    def put(self, hidden: Tensor, head: Head) -> Tensor:
+        """Answer it for `hidden` [B, T, H]; return zeros [B, T, 1] that a gradient passes through to the answer.
+
+        They must be part of the loss: hooks that gather weights for the backward pass sit on the head's output.
+        """
+        if self._answer is not None:
+            raise RuntimeError("the output head ran twice in one forward pass")
+        self._answer = self._compute(hidden.flatten(0, -2), head)
+        return (self._answer.sum() * 0).to(hidden.dtype).expand(*hidden.shape[:-1], 1)
+
+    def answer(self, output: Any) -> Tensor:
+        """What was asked for. `output`: what the model's forward returned."""
+        if self._answer is None:
+            raise RuntimeError("the output head did not run")
+        zeros = output if isinstance(output, Tensor) else output.logits
+        return self._answer + 0 * zeros.sum()
+
+
+class FusedHead:
+    """Stands in for the forward of a head's module."""
+
+    def __init__(self, module: nn.Module, owner: nn.Module, form: Form, impl: Impl) -> None:
+        self.module, self.owner, self.form, self.impl = module, owner, form, impl
+        self.before: Any = vars(module).get("forward")  # another stand-in
+        self.own: Any = module.forward
+        self.asked: Asked | None = None
+
+    def __call__(self, hidden: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """hidden [B, T, H] -> logits [B, T, V], or while something is asked zeros [B, T, 1]."""
+        if self.asked is None:
+            logits: Tensor = self.own(hidden, *rest, **named)
+            return logits
+        return self.asked.put(hidden, self.head())
+
+    def head(self) -> Head:
+        """Its tensors as they are now. By attribute: under ZeRO-3 it is the look-up that gathers a parameter."""
+        layer, adapter = self.module, None
+        if hasattr(layer, "lora_A"):
+            adapter, layer = _adapter(layer), layer.get_base_layer()  # type: ignore[operator]
+        bias: Any = layer.bias
+        shift: Any = getattr(self.owner, "final_logits_bias", None)
+        if shift is not None:
+            bias = shift.flatten() if bias is None else bias + shift.flatten()
+        return Head(layer.weight, bias, adapter, self.form.scale, self.form.softcap)  # type: ignore[arg-type]
+
+
+def attach(model: nn.Module, impl: Impl) -> tuple[int, str | None]:
+    """Let the model's output head answer what is `asked`: (1, None), or (0, why it cannot).
+
+    Before ranks share the model; its weights may lie on the meta device. Adapters come before, compilation after.
+    """
+    owner = _owner(model)
+    module = _head_of(owner)
+    if module is None:
+        return 0, "the model has no output head over a vocabulary"
+    if isinstance(vars(module).get("forward"), FusedHead):
+        return 1, None
+    reason = _unfit(module)
+    if reason is not None:
+        return 0, reason
+    form = trial(type(owner), owner.config)
+    if isinstance(form, str):
+        return 0, form
+    _install(module, owner, form, impl)
+    return 1, None
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`."""
+    fused = fused_head(model)
+    if fused is not None:
+        del fused.module.forward
+        if fused.before is not None:
+            fused.module.forward = fused.before
+
+
+def fused_head(model: nn.Module) -> FusedHead | None:
+    """What `attach` put there; None also where a tensor-parallel head has been wrapped over it."""
+    module = _head_of(_owner(model))
+    found = None if module is None else vars(module).get("forward")
+    return found if isinstance(found, FusedHead) else None
+
+
+@contextmanager
+def asked(fused: FusedHead, compute: Compute) -> Iterator[Asked]:
+    """Inside, the next forward pass of the head's model answers `compute`."""
+    question = fused.asked = Asked(compute)
+    try:
+        yield question
+    finally:
+        fused.asked = None
+
+
+def _owner(model: nn.Module) -> Any:
+    """The transformers model under peft's wrapper."""
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    return unwrap()
+
+
+def _head_of(owner: Any) -> nn.Module | None:
+    found: nn.Module | None = getattr(owner, "get_output_embeddings", lambda: None)()
+    return found
+
+
+def _install(module: nn.Module, owner: nn.Module, form: Form, impl: Impl) -> None:
+    module.forward = FusedHead(module, owner, form, impl)
+
+
+def _adapter(layer: Any) -> LowRank | None:
+    """The active adapter of one of peft's layers."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
+        return None
+    [name] = names
+    return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+
+
+def _unfit(module: Any) -> str | None:
+    """Why a head of this kind is left as it is, or None."""
+    layer = module
+    if hasattr(module, "lora_A"):
+        layer = module.get_base_layer()
+        if len(module.lora_A) > 1:
+            return "the output head has several adapters"
+        if len(module.lora_magnitude_vector):
+            return "the output head's adapter is weight-decomposed (adapter.dora), over norms of all its rows"
+        if any(getattr(dropout, "p", 0) for dropout in module.lora_dropout.values()):
+            return "the output head's adapter drops inputs (adapter.dropout)"
+    if type(layer) is not nn.Linear:
+        return f"the output head is a {type(layer).__name__}, not a linear layer"
+    return None
+
+
+def trial(kind: Any, config: Any) -> Form | str:
+    """What `kind`, a class of models, does to its logits; or why its head cannot answer.
+
+    A small instance is asked for its loss: it and the gradient of what goes into the head must equal those of its own
+    logits.
+    """
+    text = config.get_text_config()
+    scales = [getattr(text, name) ** power for name, power in SCALES.items() if getattr(text, name, None)]
+    forms = [Form(scale, getattr(text, "final_logit_softcapping", None)) for scale in (*scales, 1.0)]
+    failure = ""
+    for narrow in (True, False):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+                torch.manual_seed(0)
+                model = kind._from_config(
+                    shrunk(config, narrow=narrow), dtype=torch.float32, attn_implementation="eager"
+                ).eval()
+                found = next((form for form in forms if _same(model, form)), None)
+        except Exception as error:  # whatever a class of others' raises when made small or asked without logits
+            failure = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            continue
+        return found or f"{kind.__name__} changes its logits in a way that is not known here"
+    return f"{kind.__name__} could not be tried out without logits ({failure[:200]})"
+
+
+def _same(model: Any, form: Form) -> bool:
+    """Whether the loss and the hidden gradient of a head of this form are those of the model's own logits."""
+    module = model.requires_grad_(False).get_output_embeddings()
+    if module is None or _unfit(module) is not None:
+        return False
+    vocabulary, hidden = module.weight.shape
+    module.weight.normal_(std=10 / hidden**0.5)  # logits so large that a cap shows
+    for bias in (module.bias, getattr(model, "final_logits_bias", None)):  # they start at zero
+        if bias is not None:
+            bias.normal_()
+    ids_1T, targets_T = torch.randint(3, vocabulary, (1, LENGTH)), torch.randint(vocabulary, (LENGTH,))
+    inputs = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), "use_cache": False}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids_1T
+    seen: list[Tensor] = []
+
+    def watch(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(given[0].detach().requires_grad_())
+        return (seen[-1], *given[1:])
+
+    module.register_forward_pre_hook(watch)
+    plain = F.cross_entropy(model(**inputs).logits[0].float(), targets_T, reduction="sum")
+    _install(module, model, form, "torch")
+    try:
+        compute = lambda hidden, head: linear_cross_entropy_reference(hidden, head, targets_T)  # noqa: E731
+        with asked(module.forward, compute) as question:
+            fused = question.answer(model(**inputs))
+    finally:
+        del module.forward
+        module._forward_pre_hooks.clear()
+    [before], [after] = torch.autograd.grad(plain, seen[:1]), torch.autograd.grad(fused, seen[1:])
+    return all(
+        bool((one - other).abs().max() <= CLOSE * one.abs().max()) for one, other in ((plain, fused), (before, after))
+    )
