@@ -1,6 +1,6 @@
 """Knowledge distillation: a student learns a teacher's distribution at every learned token.
 
-B rows, K positions kept, N targets, V vocabulary.
+B rows, T tokens, N = B*T positions, M of them with a target, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ingot.data.loader import IGNORE, Batch
+from ingot.data.loader import Batch
 from ingot.data.plan import Divisor
 from ingot.errors import ModelError, RecipeError
+from ingot.model.head import attach, fused_head
 from ingot.model.lines import Settled, settle
 from ingot.model.load import Tokenizer, load_model, load_tokenizer
 from ingot.parallel.sharded import Sharded
 from ingot.recipe import Model, Objective, Recipe
-from ingot.train.forward import next_token_logits
+from ingot.train.forward import Inputs, answered, hidden_of, logits_at, moved, next_tokens, rows_of
+from ingot_kernels.linear_cross_entropy import Head, linear_cross_entropy
+from ingot_kernels.linear_kl import linear_kl
 
 
 def distillation(sharded: Sharded, batch: Batch, divisor: Divisor, section: Objective) -> Tensor:
@@ -27,29 +30,46 @@ def distillation(sharded: Sharded, batch: Batch, divisor: Divisor, section: Obje
     Summed over targets and divided by their number.
     """
     assert sharded.teacher is not None, "callers load it with `load_teacher`"
-    logits_BKV, targets_BK, _ = next_token_logits(sharded, batch)
-    taught_BKV, _, _ = next_token_logits(sharded, batch, sharded.teacher)
-    targets = targets_BK.flatten()
-    picked_N = (targets != IGNORE).nonzero().squeeze(1)
+    inputs, targets_BT = next_tokens(sharded, batch)
+    fused, taught = fused_head(sharded.plain), fused_head(sharded.teacher)
+    if fused is None or taught is None:
+        return _from_logits(sharded, inputs, targets_BT, section) / divisor.targets
+    taught_NH, teacher = hidden_of(sharded, taught, sharded.teacher, inputs)
+    targets_N = moved(targets_BT.flatten(), sharded.device)
+    rows_M, impl = moved(rows_of(targets_BT), sharded.device), fused.impl
+
+    def compute(hidden_NH: Tensor, head: Head) -> Tensor:
+        divergence = linear_kl(hidden_NH, head, taught_NH, teacher, rows_M, temperature=section.temperature, impl=impl)
+        if section.teacher_share == 1:
+            return divergence
+        smoothing = section.label_smoothing
+        likelihood = linear_cross_entropy(
+            hidden_NH, head, targets_N, rows_M=rows_M, label_smoothing=smoothing, impl=impl
+        )
+        return section.teacher_share * divergence + (1 - section.teacher_share) * likelihood
+
+    return answered(sharded, fused, inputs, compute) / divisor.targets
+
+
+def _from_logits(sharded: Sharded, inputs: Inputs, targets_BT: Tensor, section: Objective) -> Tensor:
+    """The same of whole logits of both, summed."""
+    taught_MV = logits_at(sharded, inputs, targets_BT, sharded.teacher)
+    logits_MV = logits_at(sharded, inputs, targets_BT)
     # Models of one family fill up their embeddings to different widths, with rows that no token has.
-    width = min(logits_BKV.shape[-1], taught_BKV.shape[-1])
-    places_N = picked_N.to(sharded.device)
-    logits_NV = logits_BKV.flatten(0, 1).index_select(0, places_N)
-    taught_NV = taught_BKV.flatten(0, 1).index_select(0, places_N)
-    heat = section.temperature
+    width, heat = min(logits_MV.shape[-1], taught_MV.shape[-1]), section.temperature
     divergence = F.kl_div(
-        F.log_softmax(logits_NV[:, :width] / heat, dim=-1),
-        F.log_softmax(taught_NV[:, :width] / heat, dim=-1),
+        F.log_softmax(logits_MV[:, :width] / heat, dim=-1),
+        F.log_softmax(taught_MV[:, :width] / heat, dim=-1),
         reduction="sum",
         log_target=True,
     )
     loss = section.teacher_share * heat**2 * divergence
     if section.teacher_share < 1:
-        right_N = targets[picked_N].to(sharded.device)
+        right_M = moved(targets_BT.flatten()[rows_of(targets_BT)], sharded.device)
         smoothing = section.label_smoothing
-        likelihood = F.cross_entropy(logits_NV, right_N, reduction="sum", label_smoothing=smoothing)
+        likelihood = F.cross_entropy(logits_MV, right_M, reduction="sum", label_smoothing=smoothing)
         loss = loss + (1 - section.teacher_share) * likelihood
-    return loss / divisor.targets
+    return loss
 
 
 def settled(recipe: Recipe, home: Path, device: torch.device, dtype: torch.dtype) -> Settled:
@@ -95,6 +115,9 @@ def load_teacher(recipe: Recipe, home: Path, device: torch.device, dtype: torch.
     model = load_model(
         taught.model.model_copy(update={"attention": attention}), home, recipe.objective.task, dtype=dtype
     )
+    ops = recipe.kernels.ops
+    if ops == "auto" or "linear_cross_entropy" in ops:
+        attach(model, recipe.kernels.impl)
     return model.eval().requires_grad_(False).to(device)
 
 

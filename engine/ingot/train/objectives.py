@@ -1,16 +1,15 @@
 """Objectives: (sharded model, batch, divisor, section) -> loss. Each sums over its targets and divides ONCE by the
 global count.
 
-B rows, K positions kept, V vocabulary, C classes.
+B rows, T tokens.
 """
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ingot.data.labels import collate_tagged
-from ingot.data.loader import IGNORE, Batch, Collate, collate
+from ingot.data.loader import Batch, Collate, collate
 from ingot.data.masking import collate_masked
 from ingot.data.pairs import pairs
 from ingot.data.plan import Divisor
@@ -19,7 +18,7 @@ from ingot.data.targets import collate_targets
 from ingot.parallel.sharded import Sharded
 from ingot.recipe import Objective
 from ingot.train.distillation import distillation
-from ingot.train.forward import next_token_logits
+from ingot.train.forward import cross_entropy, next_tokens
 from ingot.train.pointing import label, label_set, span, tokens
 from ingot.train.preferences import dpo, orpo, reward
 from ingot.train.targets import target_tokens
@@ -29,14 +28,8 @@ Loss = Callable[[Sharded, Batch, Divisor, Objective], Tensor]
 
 def next_token(sharded: Sharded, batch: Batch, divisor: Divisor, section: Objective) -> Tensor:
     """Cross-entropy of the trainable tokens given what stands before them, summed and divided by their number."""
-    logits_BKV, targets_BK, _ = next_token_logits(sharded, batch)
-    loss = F.cross_entropy(
-        logits_BKV.flatten(0, 1),
-        targets_BK.flatten().to(sharded.device),
-        ignore_index=IGNORE,
-        reduction="sum",
-        label_smoothing=section.label_smoothing,
-    )
+    inputs, targets_BT = next_tokens(sharded, batch)
+    loss = cross_entropy(sharded, inputs, targets_BT, section.label_smoothing)
     return loss / divisor.targets
 
 

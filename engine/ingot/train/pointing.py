@@ -1,6 +1,6 @@
 """Losses of what is pointed out in a text: its class, its labels, its words' tags, the answer's place, hidden tokens.
 
-Each sums over its terms and divides once by the global count. B rows, T tokens, K targets, V vocabulary, C classes.
+Each sums over its terms and divides once by the global count. B rows, T tokens, C classes.
 """
 
 import torch
@@ -12,7 +12,7 @@ from ingot.data.plan import Divisor
 from ingot.model.load import knows_segments, logits_of
 from ingot.parallel.sharded import Sharded
 from ingot.recipe import Objective
-from ingot.train.forward import inputs_of
+from ingot.train.forward import cross_entropy, inputs_of
 
 
 def label(sharded: Sharded, batch: Batch, divisor: Divisor, section: Objective) -> Tensor:
@@ -41,12 +41,9 @@ def tokens(sharded: Sharded, batch: Batch, divisor: Divisor, section: Objective)
     """Cross-entropy of what `labels_BT` holds at a token itself, a tag or the token that was hidden, summed and divided
     by their number.
     """
-    labels = sharded.layout.cut(batch.labels_BT).flatten()
-    # Found on the CPU, where it costs no synchronization; float32 logits of a whole vocabulary are made for these only.
-    places_K = (labels != IGNORE).nonzero().squeeze(1)
-    output = sharded.forward(**inputs_of(batch, sharded))
-    logits_KV = output.logits.flatten(0, 1)[places_K.to(sharded.device)].float()
-    return _cross_entropy(logits_KV, labels[places_K].to(sharded.device), section) / divisor.targets
+    labels_BT = sharded.layout.cut(batch.labels_BT)
+    loss = cross_entropy(sharded, inputs_of(batch, sharded), labels_BT, section.label_smoothing)
+    return loss / divisor.targets
 
 
 def span(sharded: Sharded, batch: Batch, divisor: Divisor, section: Objective) -> Tensor:

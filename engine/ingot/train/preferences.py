@@ -1,7 +1,6 @@
 """What is learned from pairs of answers: dpo, orpo, and a reward model's score.
 
-P pairs, S = 2P sequences (2i: the chosen answer of pair i, 2i + 1: the rejected one), B rows, T tokens, K positions
-kept, V vocabulary.
+P pairs, S = 2P sequences (2i: the chosen answer of pair i, 2i + 1: the rejected one), B rows, T tokens.
 """
 
 import torch
@@ -13,7 +12,7 @@ from ingot.data.plan import Divisor
 from ingot.model.load import logits_of
 from ingot.parallel.sharded import Sharded
 from ingot.recipe import Objective
-from ingot.train.forward import inputs_of, next_token_logits
+from ingot.train.forward import cross_entropy, inputs_of, moved, next_tokens
 
 # log(1 - p) of a mean probability p that rounds to 1 in float32 would be minus infinity.
 NEAREST_TO_CERTAIN = -1e-7
@@ -21,15 +20,13 @@ NEAREST_TO_CERTAIN = -1e-7
 
 def answer_logps(sharded: Sharded, batch: Batch) -> Tensor:
     """Log-probability of every answer given its prompt, summed over its trainable tokens: float32 [P, 2]."""
-    logits_BKV, targets_BK, kept_K = next_token_logits(sharded, batch)
-    targets = targets_BK.flatten().to(sharded.device)
-    logps_BK = -F.cross_entropy(logits_BKV.flatten(0, 1), targets, ignore_index=IGNORE, reduction="none")
-    logps_BK = logps_BK.view(targets_BK.shape)
+    inputs, targets_BT = next_tokens(sharded, batch)
+    logps_BT = -cross_entropy(sharded, inputs, targets_BT, each=True)
     if batch.row_lengths is None:
-        return logps_BK.sum(1).view(-1, 2)
+        return logps_BT.sum(1).view(-1, 2)
     lengths_S = torch.tensor(batch.row_lengths)
-    sequence_K = torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S)[kept_K].to(sharded.device)
-    return logps_BK.new_zeros(len(lengths_S)).index_add(0, sequence_K, logps_BK[0]).view(-1, 2)
+    sequence_T = moved(torch.repeat_interleave(torch.arange(len(lengths_S)), lengths_S), sharded.device)
+    return logps_BT.new_zeros(len(lengths_S)).index_add(0, sequence_T, logps_BT[0]).view(-1, 2)
 
 
 def answer_lengths(batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from ingot.data.plan import Divisor
 from ingot.model.load import logits_of
 from ingot.parallel.sharded import Sharded
 from ingot.recipe import Objective
-from ingot.train.forward import inputs_of
+from ingot.train.forward import cross_entropy, inputs_of, moved
 
 
 def target_tokens(sharded: Sharded, batch: Batch, divisor: Divisor, section: Objective) -> Tensor:
@@ -21,14 +21,16 @@ def target_tokens(sharded: Sharded, batch: Batch, divisor: Divisor, section: Obj
     number; what transformers' encoder-decoders return for `labels`, but for the divisor.
     """
     assert batch.targets_BU is not None
-    targets_BU = batch.targets_BU.to(sharded.device)
     unwrap: Any = getattr(sharded.plain, "get_base_model", lambda: sharded.plain)
     shift = getattr(unwrap(), "prepare_decoder_input_ids_from_labels", None)
+    targets_BU = moved(batch.targets_BU, sharded.device)
+    inputs = inputs_of(batch, sharded) | {"use_cache": False}
+    if shift is not None:
+        inputs["decoder_input_ids"] = shift(labels=targets_BU)
+        return cross_entropy(sharded, inputs, batch.targets_BU, section.label_smoothing) / divisor.targets
     # Models without the method shift inside of forward, which then makes a loss of its own; it is not used.
-    asked = {"labels": targets_BU} if shift is None else {"decoder_input_ids": shift(labels=targets_BU)}
-    output = sharded.forward(**inputs_of(batch, sharded), **asked, use_cache=False)
     loss = F.cross_entropy(
-        logits_of(output).flatten(0, 1),
+        logits_of(sharded.forward(**inputs, labels=targets_BU)).flatten(0, 1),
         targets_BU.flatten(),
         ignore_index=IGNORE,
         reduction="sum",
