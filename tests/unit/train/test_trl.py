@@ -18,6 +18,7 @@ from ingot.data.plan import Divisor, PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.data.sources import Row
 from ingot.data.template import encode_all
+from ingot.model.head import attach, fused_head
 from ingot.parallel.sharded import Sharded
 from ingot.parallel.strategies import parallelize
 from ingot.progress import Progress
@@ -75,9 +76,17 @@ def trained_by(name: str, tmp_path: Path, **options: Any) -> Any:
     return config(output_dir=str(tmp_path), gradient_checkpointing=False, **plain, **options)
 
 
-def ours(model: Any, make_recipe: Any, objective: dict[str, Any], batches: str = "padded") -> tuple[Sharded, Any]:
-    recipe = make_recipe(objective=objective, data={"max_tokens": 64, "batches": batches})
-    return parallelize(model, Ranks(), recipe, torch.device("cpu"), torch.float32), recipe
+@pytest.fixture(params=["logits", "fused head"])
+def ours(request, make_recipe) -> Any:
+    """ours(model, objective, batches="padded") -> (sharded, recipe)."""
+
+    def made(model: Any, objective: dict[str, Any], batches: str = "padded") -> tuple[Sharded, Any]:
+        recipe = make_recipe(objective=objective, data={"max_tokens": 64, "batches": batches})
+        if request.param == "fused head" and recipe.objective.loss != "reward":
+            assert attach(model, "auto") == (1, None)
+        return parallelize(model, Ranks(), recipe, torch.device("cpu"), torch.float32), recipe
+
+    return made
 
 
 def encoded(rows: list[dict[str, Any]], tokenizer: Any, recipe: Any) -> list[Any]:
@@ -105,12 +114,12 @@ def same(loss: torch.Tensor, model: Any, theirs: torch.Tensor, other: Any) -> No
 
 
 @pytest.mark.parametrize("batches", ["padded", "padding-free"])
-def test_sft(make_recipe, tokenizer, tmp_path, batches):
+def test_sft(ours, tokenizer, tmp_path, batches):
     from datasets import Dataset
     from trl import SFTTrainer
 
     other = tiny()
-    sharded, recipe = ours(tiny(attn_implementation="ingot"), make_recipe, {"task": "chat-completion"}, batches)
+    sharded, recipe = ours(tiny(attn_implementation="ingot"), {"task": "chat-completion"}, batches)
     rows = encoded(CHATS, tokenizer, recipe)
     options = trained_by("SFTConfig", tmp_path, assistant_only_loss=True, max_length=64)
     trainer = SFTTrainer(other, options, train_dataset=Dataset.from_list(CHATS), processing_class=tokenizer)
@@ -120,13 +129,13 @@ def test_sft(make_recipe, tokenizer, tmp_path, batches):
 
 
 @pytest.mark.parametrize(("batches", "smoothing"), [("padded", 0.0), ("padding-free", 0.2)])
-def test_dpo(make_recipe, tokenizer, tmp_path, batches, smoothing):
+def test_dpo(ours, tokenizer, tmp_path, batches, smoothing):
     from datasets import Dataset
     from trl import DPOTrainer
 
     other, start = tiny(seed=0), tiny(seed=5)
     objective = {"task": "chat-completion", "method": "dpo", "beta": 0.3, "label_smoothing": smoothing}
-    sharded, recipe = ours(tiny(seed=5, attn_implementation="ingot"), make_recipe, objective, batches)
+    sharded, recipe = ours(tiny(seed=5, attn_implementation="ingot"), objective, batches)
     rows = encoded(PAIRS, tokenizer, recipe)
     feed = PlannedFeed(ListRows(rows), recipe.data, recipe.train)
     known = with_reference(
@@ -147,13 +156,13 @@ def test_dpo(make_recipe, tokenizer, tmp_path, batches, smoothing):
 
 
 @pytest.mark.parametrize("batches", ["padded", "padding-free"])
-def test_orpo(make_recipe, tokenizer, tmp_path, batches):
+def test_orpo(ours, tokenizer, tmp_path, batches):
     from datasets import Dataset
     from trl.experimental.orpo import ORPOTrainer
 
     other = tiny()
     objective = {"task": "chat-completion", "method": "orpo", "beta": 0.4}
-    sharded, recipe = ours(tiny(attn_implementation="ingot"), make_recipe, objective, batches)
+    sharded, recipe = ours(tiny(attn_implementation="ingot"), objective, batches)
     rows = encoded(PAIRS, tokenizer, recipe)
     options = trained_by("ORPOConfig", tmp_path, beta=0.4, max_length=64)
     other.warnings_issued = {}
@@ -170,14 +179,14 @@ def test_orpo(make_recipe, tokenizer, tmp_path, batches):
 
 
 @pytest.mark.parametrize("pad_id", [0, 2], ids=["own pad", "pad is eos"])
-def test_reward(make_recipe, tokenizer, tmp_path, pad_id):
+def test_reward(ours, tokenizer, tmp_path, pad_id):
     from datasets import Dataset
     from trl import RewardTrainer
 
     model = tiny(LlamaForSequenceClassification, num_labels=1)
     model.config.pad_token_id = pad_id
     other = copy.deepcopy(model)
-    sharded, recipe = ours(model, make_recipe, {"task": "reward"})
+    sharded, recipe = ours(model, {"task": "reward"})
     rows = encoded(PAIRS, tokenizer, recipe)
     asked = copy.deepcopy(tokenizer)
     asked.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
@@ -190,12 +199,14 @@ def test_reward(make_recipe, tokenizer, tmp_path, pad_id):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distillation(make_recipe, tokenizer, temperature):
+def test_distillation(ours, tokenizer, temperature):
     from trl.experimental.gkd import GKDTrainer
 
     objective = {"task": "chat-completion", "method": "distillation", "teacher": "any", "temperature": temperature}
-    sharded, recipe = ours(tiny(), make_recipe, objective)
+    sharded, recipe = ours(tiny(), objective)
     sharded.teacher = tiny(seed=7).eval().requires_grad_(False)
+    if fused_head(sharded.plain) is not None:
+        attach(sharded.teacher, "auto")
     other, teacher = tiny(), tiny(seed=7)
     rows = encoded(CHATS, tokenizer, recipe)
     batch = collate(rows, 0)
