@@ -3,7 +3,9 @@
     python cells.py CELLS.json OUT     (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 
 A cell is {"name", "model", "sections" of its recipe, "resume": name of the folder to continue, "stop": step to die
-after}. Rank 0 leaves OUT/NAME.safetensors (the first gradient, the final weights) and OUT/NAME.json (losses, norms).
+after, "fused": whether the head makes the loss; by default on several ranks only, so that they are compared with one
+rank's logits}. Rank 0 leaves OUT/NAME.safetensors (the first gradient, the final weights) and OUT/NAME.json (losses,
+norms).
 """
 
 import json
@@ -31,6 +33,7 @@ from ingot.data.plan import PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.data.template import Encoded
 from ingot.model.adapters import attach_adapter, trainable_tensors
+from ingot.model.head import attach
 from ingot.model.load import KINDS
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.quantize import quantized
@@ -171,6 +174,8 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
                 parameter.normal_(std=0.1)
     if recipe.train.activation_checkpointing != "none":
         recompute_blocks(model)
+    if cell.get("fused", ranks.world > 1):
+        attach(model, "auto")
     sharded = parallelize(model, ranks, recipe, device, getattr(torch, cell.get("dtype", "float32")))
     first: dict[str, Tensor] = {}
     update = sharded.step

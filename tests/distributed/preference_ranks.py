@@ -25,6 +25,7 @@ from ingot.data.encoded import Encoded
 from ingot.data.plan import PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.model.adapters import attach_adapter
+from ingot.model.head import attach
 from ingot.parallel.strategies import parallelize
 from ingot.progress import Progress
 from ingot.ranks import Ranks
@@ -57,9 +58,13 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks) -> None:
     """Train a cell and leave what it did in `out`."""
     recipe = cells.recipe_of(cell["sections"])
     model = attach_adapter(model_for(recipe.objective.task), recipe.adapter, recipe.objective.task, 0)
+    if ranks.world > 1:  # what it is compared with is computed from logits
+        attach(model, "auto")
     sharded = parallelize(model, ranks, recipe, torch.device("cpu"), torch.float32)
     if recipe.objective.teacher:
         sharded.teacher = cells.small_model("llama", intermediate_size=40).eval().requires_grad_(False)
+        if ranks.world > 1:
+            attach(sharded.teacher, "auto")
     make = cells.random_rows if recipe.objective.teacher else pair_rows
     rows = Rows(PlannedFeed(ListRows(make(30, 1)), recipe.data, recipe.train), ListRows(make(5, 2)), pad_id=0)
     folder = out / f"{cell['name']} run"
