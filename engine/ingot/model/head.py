@@ -26,6 +26,7 @@ from ingot_kernels.linear_cross_entropy import Head, LowRank, linear_cross_entro
 Compute = Callable[[Tensor, Head], Tensor]  # (hidden states [N, H], the head) -> what is asked, connected to both
 
 SCALES = {"logit_scale": 1.0, "lm_head_multiplier": 1.0, "logits_scaling": -1.0}  # name in a configuration -> exponent
+SHIFT = "final_logits_bias"  # a buffer [1, V] of BART and its kin
 LENGTH = 11  # tokens of the trial
 CLOSE = 1e-4  # largest difference of loss or a gradient, as a share of the largest value; rounding leaves about 1e-6
 
@@ -70,6 +71,7 @@ class FusedHead:
         self.before: Any = vars(module).get("forward")  # another stand-in
         self.own: Any = module.forward
         self.asked: Asked | None = None
+        self.shift: Tensor | None = None  # [1, V], while something is asked
 
     def __call__(self, hidden: Tensor, *rest: Any, **named: Any) -> Tensor:
         """hidden [B, T, H] -> logits [B, T, V], or while something is asked zeros [B, T, 1]."""
@@ -84,9 +86,8 @@ class FusedHead:
         if hasattr(layer, "lora_A"):
             adapter, layer = _adapter(layer), layer.get_base_layer()  # type: ignore[operator]
         bias: Any = layer.bias
-        shift: Any = getattr(self.owner, "final_logits_bias", None)
-        if shift is not None:
-            bias = shift.flatten() if bias is None else bias + shift.flatten()
+        if self.shift is not None:
+            bias = self.shift.flatten() if bias is None else bias + self.shift.flatten()
         return Head(layer.weight, bias, adapter, self.form.scale, self.form.softcap)  # type: ignore[arg-type]
 
 
@@ -131,10 +132,15 @@ def fused_head(model: nn.Module) -> FusedHead | None:
 def asked(fused: FusedHead, compute: Compute) -> Iterator[Asked]:
     """Inside, the next forward pass of the head's model answers `compute`."""
     question = fused.asked = Asked(compute)
+    fused.shift = getattr(fused.owner, SHIFT, None)
+    if fused.shift is not None:  # added to zeros [B, T, 1], all of it would make them [B, T, V]
+        setattr(fused.owner, SHIFT, fused.shift[:, :1])
     try:
         yield question
     finally:
-        fused.asked = None
+        if fused.shift is not None:
+            setattr(fused.owner, SHIFT, fused.shift)
+        fused.asked = fused.shift = None
 
 
 def _owner(model: nn.Module) -> Any:
@@ -196,7 +202,7 @@ def trial(kind: Any, config: Any) -> Form | str:
                 ).eval()
                 found = next((form for form in forms if _same(model, form)), None)
         except Exception as error:  # whatever a class of others' raises when made small or asked without logits
-            failure = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             continue
         return found or f"{kind.__name__} changes its logits in a way that is not known here"
     return f"{kind.__name__} could not be tried out without logits ({failure[:200]})"
@@ -209,7 +215,7 @@ def _same(model: Any, form: Form) -> bool:
         return False
     vocabulary, hidden = module.weight.shape
     module.weight.normal_(std=10 / hidden**0.5)  # logits so large that a cap shows
-    for bias in (module.bias, getattr(model, "final_logits_bias", None)):  # they start at zero
+    for bias in (module.bias, getattr(model, SHIFT, None)):  # they start at zero
         if bias is not None:
             bias.normal_()
     ids_1T, targets_T = torch.randint(3, vocabulary, (1, LENGTH)), torch.randint(vocabulary, (LENGTH,))
@@ -228,11 +234,13 @@ def _same(model: Any, form: Form) -> bool:
     try:
         compute = lambda hidden, head: linear_cross_entropy_reference(hidden, head, targets_T)  # noqa: E731
         with asked(module.forward, compute) as question:
-            fused = question.answer(model(**inputs))
+            output = model(**inputs)
+            fused = question.answer(output)
     finally:
         del module.forward
         module._forward_pre_hooks.clear()
     [before], [after] = torch.autograd.grad(plain, seen[:1]), torch.autograd.grad(fused, seen[1:])
-    return all(
+    narrow = output.logits.shape[-1] == 1  # something else of the vocabulary's size may have been added
+    return narrow and all(
         bool((one - other).abs().max() <= CLOSE * one.abs().max()) for one, other in ((plain, fused), (before, after))
     )
