@@ -13,11 +13,13 @@ import pytest
 HERE = Path(__file__).parent
 STAGES = ("zero1", "zero2", "zero3")
 LORA = {"kind": "lora", "rank": 1, "alpha": 2.0}  # one row: the second rank's part of a checkpoint is empty
+ADAPTERS = {"lora": LORA, "head": {**LORA, "targets": ["lm_head", "q_proj"]}, "full": {"kind": "none"}}
 # name -> (what one rank trains, the cell's own settings). `tight`: every parameter is cut, small buckets.
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "zero2-full": ("full", {"parallel": {"strategy": "zero2"}}),
     "zero3-full": ("full", {"parallel": {"strategy": "zero3"}}),
     "zero3-recomputed": ("lora", {"parallel": {"strategy": "zero3"}, "train": {"activation_checkpointing": "full"}}),
+    "zero3-head": ("head", {"parallel": {"strategy": "zero3"}}),
     "zero3-lora-offloaded": ("lora", {"parallel": {"strategy": "zero3", "offload": "parameters"}}),
     "zero1-lora-offloaded": ("lora", {"parallel": {"strategy": "zero1", "offload": "optimizer"}}),
 }
@@ -45,10 +47,9 @@ def trainer() -> ModuleType:
 
 
 def cell(name: str, kind: str, sections: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """A run as cells.py takes it; `kind`: lora or full."""
-    adapter = LORA if kind == "lora" else {"kind": "none"}
+    """A run as cells.py takes it; `kind`: one of ADAPTERS."""
     # Adam divides by a gradient's size: with a smaller eps rounding decides the sign of the smallest updates.
-    fixed = {"adapter": adapter, "optim": {"eps": 1e-4}}
+    fixed = {"adapter": ADAPTERS[kind], "optim": {"eps": 1e-4}}
     return {"name": name, "sections": {**(sections or {}), **fixed}, **more}
 
 
@@ -59,7 +60,7 @@ def out(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     A checkpoint is written behind step 3, and runs named "cut" end behind step 4 of 6.
     """
     folder = tmp_path_factory.mktemp("zero")
-    for name in ("full", "lora"):
+    for name in ADAPTERS:
         trainer.train(cell(name, name), folder)
     trainer.train(cell("cut-one", "lora", stop=4), folder)
     cells = [cell(name, kind, own, tight=True) for name, (kind, own) in TRAINED.items()]
