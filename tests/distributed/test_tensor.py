@@ -19,6 +19,7 @@ def cell(name: str, kind: str = "llama", model: dict[str, Any] | None = None, **
 CELLS = [
     # 120 tokens a step in microbatches of 48, clipped; 97 words are no even number; embedding and head are tied
     cell("full"),
+    cell("shared vocabulary", model={"vocab_size": 98}, sections={"objective": {"label_smoothing": 0.1}}),
     cell("padded", sections={"adapter": LORA, "data": {"batches": "padded"}}),
     cell("packed", sections={"data": {"batches": "packed"}, "train": {"activation_checkpointing": "full"}}),
     # Ranks of a group draw the same masks as one rank, also for what they hold a part of.

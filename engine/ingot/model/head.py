@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ingot.model.lines import shrunk
 from ingot_kernels.dispatch import Impl
 from ingot_kernels.linear_cross_entropy import Head, LowRank, linear_cross_entropy_reference
 
+Group = torch.distributed.ProcessGroup | None
 Compute = Callable[[Tensor, Head], Tensor]  # (hidden states [N, H], the head) -> what is asked, connected to both
 
 SCALES = {"logit_scale": 1.0, "lm_head_multiplier": 1.0, "logits_scaling": -1.0}  # name in a configuration -> exponent
@@ -66,8 +68,9 @@ class Asked:
 class FusedHead:
     """Stands in for the forward of a head's module."""
 
-    def __init__(self, module: nn.Module, owner: nn.Module, form: Form, impl: Impl) -> None:
+    def __init__(self, module: nn.Module, owner: nn.Module, form: Form, impl: Impl, group: Group = None) -> None:
         self.module, self.owner, self.form, self.impl = module, owner, form, impl
+        self.group = group  # whose ranks share the vocabulary
         self.before: Any = vars(module).get("forward")  # another stand-in
         self.own: Any = module.forward
         self.asked: Asked | None = None
@@ -82,13 +85,14 @@ class FusedHead:
 
     def head(self) -> Head:
         """Its tensors as they are now. By attribute: under ZeRO-3 it is the look-up that gathers a parameter."""
-        layer, adapter = self.module, None
+        layer: Any = self.module
+        adapter = None
         if hasattr(layer, "lora_A"):
-            adapter, layer = _adapter(layer), layer.get_base_layer()  # type: ignore[operator]
-        bias: Any = layer.bias
+            adapter, layer = _adapter(layer), layer.get_base_layer()
+        bias = _local(layer.bias)
         if self.shift is not None:
             bias = self.shift.flatten() if bias is None else bias + self.shift.flatten()
-        return Head(layer.weight, bias, adapter, self.form.scale, self.form.softcap)  # type: ignore[arg-type]
+        return Head(_local(layer.weight), bias, adapter, self.form.scale, self.form.softcap)
 
 
 def attach(model: nn.Module, impl: Impl) -> tuple[int, str | None]:
@@ -121,8 +125,24 @@ def detach(model: nn.Module) -> None:
             fused.module.forward = fused.before
 
 
+def split_over(model: nn.Module, fused: FusedHead, group: torch.distributed.ProcessGroup) -> None:
+    """Attach `fused` again, detached while ranks of `group` cut the model: they share the vocabulary where it was cut.
+
+    A head that has an adapter, or a vocabulary of no multiple of the ranks, is left without: logits come out.
+    """
+    module: Any = _head_of(fused.owner)
+    if not isinstance(module.weight, DTensor):  # tied to what stays whole
+        _install(module, fused.owner, fused.form, fused.impl)
+    elif (
+        not hasattr(module, "lora_A")
+        and getattr(fused.owner, SHIFT, None) is None
+        and module.weight.shape[0] % group.size() == 0
+    ):
+        _install(module, fused.owner, fused.form, fused.impl, group)
+
+
 def fused_head(model: nn.Module) -> FusedHead | None:
-    """What `attach` put there; None also where a tensor-parallel head has been wrapped over it."""
+    """What `attach` put there, if anything."""
     module = _head_of(_owner(model))
     found = None if module is None else vars(module).get("forward")
     return found if isinstance(found, FusedHead) else None
@@ -154,8 +174,13 @@ def _head_of(owner: Any) -> nn.Module | None:
     return found
 
 
-def _install(module: nn.Module, owner: nn.Module, form: Form, impl: Impl) -> None:
-    module.forward = FusedHead(module, owner, form, impl)
+def _install(module: nn.Module, owner: nn.Module, form: Form, impl: Impl, group: Group = None) -> None:
+    module.forward = FusedHead(module, owner, form, impl, group)
+
+
+def _local(tensor: Any) -> Any:
+    """What this rank holds of it; the others of its tensor group hold the rest."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _adapter(layer: Any) -> LowRank | None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ingot.model.adapters import trainable_tensors
+from ingot.model.head import detach, fused_head, split_over
 from ingot.model.split import split
 from ingot.parallel.layout import Layout, local
 from ingot.parallel.sharded import Sharded
@@ -21,7 +22,11 @@ BUCKET_BYTES = 256 * 2**20  # gradients that are summed in one collective
 def cut(model: nn.Module, layout: Layout) -> None:
     """Leave in `model` what this rank of its tensor group holds."""
     assert layout.grid is not None
+    fused = fused_head(model)
+    detach(model)  # what cuts a head stands in for its forward too, and below
     split(model, layout.grid["tensor"], layout.tensor_rank)
+    if fused is not None:
+        split_over(model, fused, layout.grid.get_group("tensor"))
 
 
 class TensorSharded(Sharded):

@@ -32,7 +32,7 @@ def distillation(sharded: Sharded, batch: Batch, divisor: Divisor, section: Obje
     assert sharded.teacher is not None, "callers load it with `load_teacher`"
     inputs, targets_BT = next_tokens(sharded, batch)
     fused, taught = fused_head(sharded.plain), fused_head(sharded.teacher)
-    if fused is None or taught is None:
+    if fused is None or taught is None or fused.group is not None:  # no divergence of a part of the vocabulary
         return _from_logits(sharded, inputs, targets_BT, section) / divisor.targets
     taught_NH, teacher = hidden_of(sharded, taught, sharded.teacher, inputs)
     targets_N = moved(targets_BT.flatten(), sharded.device)

@@ -71,7 +71,7 @@ def cross_entropy(
         reduction = "none" if each else "sum"
         loss = F.cross_entropy(logits_MV, targets_N[rows_M], reduction=reduction, label_smoothing=smoothing)
         return loss.new_zeros(len(targets_N)).index_copy(0, rows_M, loss).view(targets_BT.shape) if each else loss
-    impl = fused.impl
+    impl, group = fused.impl, fused.group
 
     def compute(hidden_NH: Tensor, head: Head) -> Tensor:
         return linear_cross_entropy(
@@ -81,6 +81,7 @@ def cross_entropy(
             rows_M=rows_M,
             reduction="none" if each else "sum",
             label_smoothing=smoothing,
+            group=group,
             impl=impl,
         )
 
