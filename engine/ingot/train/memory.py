@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ingot.data.loader import IGNORE, Batch
 from ingot.data.plan import Portion
 from ingot.errors import OutOfMemory
+from ingot.model.head import fused_head
 from ingot.parallel.sharded import Sharded
 from ingot.ranks import on_main
 from ingot.recipe import Recipe
@@ -83,8 +84,9 @@ class Failure:
             present = held["weights"] + _bytes(_gradients(sharded.plain)) + _bytes(_moments(sharded))
             activations = max(0, allocated + int(asked) - present)
             free = torch.cuda.memory_reserved(sharded.device) - allocated
-        # In the compute type, as float32, and their gradient as float32.
-        width = _vocabulary(sharded.plain) * (torch.finfo(sharded.compute_dtype).bits // 8 + 8)
+        # In the compute type, as float32, and their gradient as float32. A head that answers holds a chunk at a time.
+        fused = fused_head(sharded.plain) is not None
+        width = 0 if fused else _vocabulary(sharded.plain) * (torch.finfo(sharded.compute_dtype).bits // 8 + 8)
         text = str(error).splitlines()
         return cls(text[0] if text else "no memory", phase, load, held, activations, load.targets * width, free)
 

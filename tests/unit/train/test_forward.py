@@ -19,6 +19,7 @@ from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.recipe import Adapter
 from ingot.train import forward
+from ingot.train.memory import Failure, Load
 from ingot.train.objectives import OBJECTIVES, collator_of
 
 WORDS = 97
@@ -216,3 +217,14 @@ def test_only_targets_go_through_the_head(make_recipe: Any, row_lists: Any, monk
     detach(sharded.plain)
     loss_of(sharded, recipe, batch)
     assert len(asked) == 1
+
+
+def test_no_logits_are_blamed_for_memory_that_ran_out(make_recipe: Any) -> None:
+    sharded = parallelize(built("llama", "", {}, None), Ranks(), make_recipe(), torch.device("cpu"), torch.float32)
+
+    def logits() -> int:
+        return Failure.of(torch.OutOfMemoryError("no"), "forward", Load(64, 3, 30, 20), sharded, "none").logits
+
+    assert logits() == 20 * WORDS * 12
+    fuse(sharded)
+    assert logits() == 0
