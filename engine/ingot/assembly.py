@@ -16,7 +16,8 @@ from ingot.model.materialize import ShardReader
 from ingot.model.matrices import matrices
 from ingot.model.quantize import quantized, rounded
 from ingot.parallel import fsdp
-from ingot.parallel.sharded import MODEL, OPTIMIZER, recompute_blocks
+from ingot.parallel.recompute import apply_activations
+from ingot.parallel.sharded import MODEL, OPTIMIZER
 from ingot.preparation import QUIET, Prepared
 from ingot.progress import Progress
 from ingot.ranks import Ranks, pick_device, read_ranks
@@ -76,8 +77,7 @@ def build(
     model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, recipe.train.seed)
     if tied and not adapters.tied_head(model):
         progress.note("adapter.targets: the output head was tied to the embedding and now has its own weight")
-    if recipe.train.activation_checkpointing != "none":
-        recompute_blocks(model)
+    apply_activations(model, recipe.train, pick_device(ranks))
     if reader is not None:
         reader.lay_out(model)
         return Built(model, {}, reader.fill)

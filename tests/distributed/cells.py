@@ -37,7 +37,8 @@ from ingot.model.head import attach
 from ingot.model.load import KINDS
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.quantize import quantized
-from ingot.parallel.sharded import MODEL, recompute_blocks
+from ingot.parallel.recompute import apply_activations
+from ingot.parallel.sharded import MODEL
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.recipe_io import parse_recipe
@@ -172,10 +173,9 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
         for name, parameter in trainable_tensors(model):
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    if recipe.train.activation_checkpointing != "none":
-        recompute_blocks(model)
     if cell.get("fused", ranks.world > 1):
         attach(model, "auto")
+    apply_activations(model, recipe.train, device)
     sharded = parallelize(model, ranks, recipe, device, getattr(torch, cell.get("dtype", "float32")))
     first: dict[str, Tensor] = {}
     update = sharded.step

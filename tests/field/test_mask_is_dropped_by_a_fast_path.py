@@ -7,6 +7,7 @@ import torch
 
 from ingot.data.loader import collate
 from ingot.data.plan import Divisor
+from ingot.parallel.recompute import recompute_blocks
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.train.objectives import OBJECTIVES
@@ -24,7 +25,7 @@ def test_loss_and_gradient_come_from_the_answer_alone(cells, path, recompute):
     recipe = cells.recipe_of({})
     model = cells.small_model("llama")
     if recompute:
-        cells.recompute_blocks(model)
+        recompute_blocks(model)
     sharded = parallelize(model, Ranks(), recipe, torch.device("cpu"), torch.float32)
     rows = cells.random_rows(3, 5)
     n_targets = sum(sum(row.trainable[1:]) for row in rows)

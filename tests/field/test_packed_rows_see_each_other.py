@@ -16,7 +16,7 @@ from ingot.model.adapters import attach_adapter
 from ingot.model.attention import implementation
 from ingot.model.documents import Documents
 from ingot.model.lines import trial
-from ingot.parallel.sharded import recompute_blocks
+from ingot.parallel.recompute import recompute_blocks
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.recipe import Adapter

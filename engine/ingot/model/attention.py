@@ -353,7 +353,9 @@ FEATURES: dict[str, frozenset[str]] = {
 def register(backend: str) -> None:
     """Let models be loaded with an entry of BACKENDS."""
 
-    # A function of its own, not a partial: transformers and torch.compile read its name and signature.
+    # A function of its own, not a partial: transformers and torch.compile read its name and signature. Compiled blocks
+    # are cut here: a line has other documents in every step, and code compiled for some would not do for others.
+    @torch.compiler.disable
     def attend(*args: Any, **options: Any) -> tuple[Tensor, None]:
         return attention(*args, backend=backend, **options)
 

@@ -117,15 +117,3 @@ def fresh_moments(parameter: Tensor) -> dict[str, Tensor]:
         "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
     }
-
-
-def recompute_blocks(model: nn.Module) -> None:
-    """Recompute each block's activations in the backward pass (Chen et al. 2016) instead of keeping them.
-
-    The non-reentrant kind: with the reentrant one and frozen embeddings adapters get no gradient and stay at zero.
-    """
-    inner: Any = getattr(model, "backbone", model)
-    # transformers 5.23 renamed it; the old name warns there, the new one is missing before.
-    word = "activation" if hasattr(inner, "activation_checkpointing_enable") else "gradient"
-    enable = getattr(inner, f"{word}_checkpointing_enable")
-    enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})

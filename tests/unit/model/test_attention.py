@@ -19,7 +19,7 @@ from ingot.model import attention as module
 from ingot.model import documents as documents_module
 from ingot.model.attention import BACKENDS, FEATURES, Options, attention, implementation
 from ingot.model.documents import NEAR, Documents, grouped
-from ingot.parallel.sharded import recompute_blocks
+from ingot.parallel.recompute import recompute_blocks
 
 # B batch, H heads, K key heads, T tokens of a line, L of a document, D head size
 

@@ -13,7 +13,7 @@ from ingot.data.plan import Divisor
 from ingot.data.template import Encoded
 from ingot.errors import NotFinite
 from ingot.model.adapters import attach_adapter
-from ingot.parallel.sharded import recompute_blocks
+from ingot.parallel.recompute import recompute_blocks
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.recipe import Adapter

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ingot.model.adapters import attach_adapter
-from ingot.parallel.sharded import recompute_blocks
+from ingot.parallel.recompute import recompute_blocks
 from ingot.recipe import Adapter
 from ingot.train.flops import AttentionShape, Flops, peak_flops
 

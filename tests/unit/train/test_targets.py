@@ -12,7 +12,7 @@ from ingot.data.plan import Cursor, Divisor
 from ingot.data.targets import collate_targets
 from ingot.model import adapters
 from ingot.model.export import probes
-from ingot.parallel.sharded import recompute_blocks
+from ingot.parallel.recompute import recompute_blocks
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks
 from ingot.recipe import Adapter

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from ingot.model import adapters
 from ingot.model.load import logits_of
 from ingot.model.pooling import MeanPoolClassifier
-from ingot.parallel.sharded import recompute_blocks
+from ingot.parallel.recompute import recompute_blocks
 from ingot.recipe import Adapter
 
 IDS = torch.tensor([[3, 5, 7, 9, 11]])
