@@ -1,0 +1,178 @@
+"""Linear layers with adapters: outputs and every gradient, beside the definition and beside peft."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from truth import DEVICES, check_against_truth
+
+from ingot_kernels import lora_linear as module
+from ingot_kernels.lora_linear import Adapter, Projection, lora_linear, lora_linear_reference
+
+# M rows, K inputs, N outputs, R rank
+FACTOR = 1.7
+
+
+def adapted(function: Callable[..., Any], weights: list[Tensor], biases: list[Tensor | None], n_adapters: int) -> Any:
+    """(x, then A and B of every adapter) -> outputs of all projections."""
+
+    def run(x: Tensor, *tensors: Tensor) -> Any:
+        parts = iter(tensors)
+        projections = [
+            Projection(
+                weight.to(x.dtype),
+                None if bias is None else bias.to(x.dtype),
+                tuple(Adapter(next(parts), next(parts), FACTOR + n) for n in range(n_adapters)),
+            )
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+        return function(x, projections)
+
+    return run
+
+
+def drawn(
+    shape: tuple[int, ...], outputs: tuple[int, ...], rank: int, n_adapters: int, dtype: torch.dtype, device: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(x and adapters, weights)."""
+    torch.manual_seed(0)
+    K = shape[-1]
+    tensors = [torch.randn(shape)]
+    for N in outputs:
+        for _ in range(n_adapters):
+            tensors += [torch.randn(rank, K), torch.randn(N, rank)]
+    weights = [torch.randn(N, K) for N in outputs]
+    return [t.to(device, dtype) for t in tensors], [w.to(device, dtype) for w in weights]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "outputs", "rank", "n_adapters"),
+    [((13, 17), (11,), 3, 1), ((2, 7, 19), (5, 3, 23), 7, 1), ((31, 13), (29, 23), 2, 2), ((0, 5), (3,), 2, 1), ((3, 5), (7,), 1, 0)],
+    ids=["one", "three", "two adapters", "no rows", "no adapter"],
+)  # fmt: skip
+def test_gradients_are_those_of_the_definition(
+    device: str, dtype: torch.dtype, shape: tuple[int, ...], outputs: tuple[int, ...], rank: int, n_adapters: int
+) -> None:
+    tensors, weights = drawn(shape, outputs, rank, n_adapters, dtype, device)
+    biases = [None if n % 2 else torch.randn(N, device=device) for n, N in enumerate(outputs)]
+    kernel, reference = (adapted(f, weights, biases, n_adapters) for f in (lora_linear, lora_linear_reference))
+    check_against_truth(kernel, reference, tensors)
+
+
+def test_strided_and_expanded_inputs() -> None:
+    tensors, weights = drawn((6, 9, 8), (5,), 2, 1, torch.float32, "cpu")
+    kernel, reference = (adapted(f, weights, [None], 1) for f in (lora_linear, lora_linear_reference))
+
+    def strided(function: Any) -> Any:
+        return lambda x, *rest: function(x.transpose(0, 1), *rest)
+
+    check_against_truth(strided(kernel), strided(reference), tensors)
+    one = [tensors[0][:1, :1], *tensors[1:]]
+
+    def expanded(function: Any) -> Any:
+        return lambda x, *rest: function(x.expand(4, 3, 8), *rest)
+
+    check_against_truth(expanded(kernel), expanded(reference), one)
+
+
+@pytest.mark.parametrize("fault", ["sign", "factor", "term", "stale"])
+def test_planted_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, weights = drawn((13, 17), (11, 5), 3, 1, torch.float32, "cpu")
+    kernel, reference = (adapted(f, weights, [None, None], 1) for f in (lora_linear, lora_linear_reference))
+    own, added, product = module._transposed_product, module._added, module._product
+    faults: dict[str, tuple[str, Any]] = {
+        "sign": ("_added", lambda dx, g, a, kept: added(dx, -g, a, kept)),
+        "factor": ("_product", lambda x, w, y: product(x, w, None if y is None else y / FACTOR)),
+        "term": ("_transposed_product", lambda g, w, dx: own(g, w, None)),
+        "stale": ("_added", lambda dx, g, a, kept: added(g @ a if dx is None else dx, g, a, kept)),
+    }
+    monkeypatch.setattr(module, *faults[fault])
+    with pytest.raises(AssertionError, match="from the truth"):
+        check_against_truth(kernel, reference, tensors)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_is_drawn_again_for_the_backward_pass(reentrant: bool) -> None:
+    tensors, weights = drawn((64, 48), (32,), 4, 1, torch.float32, "cpu")
+    x, a, b = (t.requires_grad_() for t in tensors)
+    projection = [Projection(weights[0], None, (Adapter(a, b, FACTOR, dropout=0.4),))]
+    torch.manual_seed(3)
+    [y] = lora_linear(x, projection)
+    torch.manual_seed(3)
+    kept = module._kept(x.detach(), 0.4, torch.default_generator)
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.6]) and 0.55 < (kept > 0).float().mean() < 0.65
+    wanted = x @ weights[0].t() + ((x * kept) @ a.t()) @ b.t() * FACTOR
+    torch.testing.assert_close(y, wanted)
+    upstream = torch.randn_like(y)
+    gradients = torch.autograd.grad((wanted * upstream).sum(), (x, a, b))
+    torch.rand(5)  # whatever else draws between the two passes
+    torch.testing.assert_close(torch.autograd.grad((y * upstream).sum(), (x, a, b)), gradients, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(3)
+    again = checkpoint(lambda x: lora_linear(x, projection)[0], x, use_reentrant=reentrant)
+    (again * upstream).sum().backward()
+    for leaf, gradient in zip((x, a, b), gradients, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"bias": True}], ids=str)
+def test_equals_peft(options: dict[str, Any]) -> None:
+    bias = options.pop("bias", False)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(24, 40, bias=bias))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=6, target_modules=["0"], **options))
+    layer: Any = model.base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, 7, 24, requires_grad=True)
+    wanted = model(x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    upstream = torch.randn_like(wanted)
+    gradients = torch.autograd.grad((wanted * upstream).sum(), (x, *trained))
+    magnitude = layer.lora_magnitude_vector["default"].weight if "use_dora" in options else None
+    adapter = Adapter(
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"], 0.0, magnitude
+    )
+    [got] = lora_linear(x, [Projection(layer.base_layer.weight, layer.base_layer.bias, (adapter,))])
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for one, other in zip(torch.autograd.grad((got * upstream).sum(), (x, *trained)), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_leaves_the_activation_in_bfloat16_and_adapters_in_float32() -> None:
+    tensors, weights = drawn((33, 24), (16,), 4, 1, torch.float32, "cpu")
+    x, a, b = (t.requires_grad_() for t in tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        [y] = lora_linear(x, [Projection(weights[0], None, (Adapter(a, b, FACTOR),))])
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and a.grad is not None and a.grad.dtype == torch.float32
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    [exact] = lora_linear_reference(x.double(), [Projection(weights[0].double(), None, (Adapter(a.double(), b.double(), FACTOR),))])  # fmt: skip
+    torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-2 * float(exact.detach().abs().max()))
+
+
+def test_what_needs_no_gradient_gets_none_and_gradients_add_up() -> None:
+    tensors, weights = drawn((9, 8), (6,), 2, 1, torch.float32, "cpu")
+    x, a, b = tensors
+    b.requires_grad_()
+    [y] = lora_linear(x, [Projection(weights[0], None, (Adapter(a, b, FACTOR),))])
+    y.sum().backward(retain_graph=True)
+    assert b.grad is not None
+    first = b.grad.clone()
+    y.sum().backward()
+    assert a.grad is None and x.grad is None
+    torch.testing.assert_close(b.grad, 2 * first)
+
+
+def test_compiled_equals_eager() -> None:
+    tensors, weights = drawn((16, 24), (32,), 4, 1, torch.float32, "cpu")
+    run = adapted(lora_linear, weights, [None], 1)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    check_against_truth(compiled, adapted(lora_linear_reference, weights, [None], 1), tensors)
