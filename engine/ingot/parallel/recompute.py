@@ -21,7 +21,8 @@ from ingot.recipe import Train
 # Operations (without namespace and overload) whose results `selective` keeps.
 # Products with the place of their first factor.
 PRODUCTS = {
-    "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "linear": 0, "_grouped_mm": 0, "_int_mm": 0, "_scaled_mm": 0
+    "mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "linear": 0, "_grouped_mm": 0,
+    "_int_mm": 0, "_scaled_mm": 0,
 }  # fmt: skip
 # A product over no more than so many numbers costs about what it takes to read its result. Kept, those of rank 16 made
 # `selective` hold more than `none` (358 and 324 MiB; 8 layers of 512, 1,024 tokens, float32).
@@ -171,6 +172,8 @@ class _Replay(TorchDispatchMode):
         self.next += 1
         if entry.value is None:
             return func(*args, **named)
+        if func._schema.is_mutable:  # a product added in place: the caller goes on with what it was added to
+            return args[0].copy_(entry.value)
         return tree_map_only(Tensor, Tensor.detach, entry.value)
 
 

@@ -29,6 +29,9 @@ class Cell:
     task: str = "chat-completion"
     world: int = 2
     shard_ranks: int | None = None
+    activations: str = "none"
+    offload_activations: bool = False
+    compile: bool = False
 
     @property
     def name(self) -> str:
@@ -37,6 +40,9 @@ class Cell:
         parts += [f"offload-{self.offload}"] if self.offload != "none" else []
         parts += [f"context{self.context}"] if self.context > 1 else []
         parts += [f"tensor{self.tensor}"] if self.tensor > 1 else []
+        parts += [self.activations] if self.activations != "none" else []
+        parts += ["activations-offloaded"] if self.offload_activations else []
+        parts += ["compiled"] if self.compile else []
         return " ".join(part for part in parts if part != "none" or part is self.strategy)
 
 
@@ -131,6 +137,34 @@ RULES = (
         lambda c: c.batches == "packed" and c.task in WHOLE_ROWS,
         "packs fill up steps of many tokens, and this objective counts rows; use padding-free",
     ),
+    Rule(
+        "train.compile",
+        lambda c: c.compile and c.activations != "none",
+        "blocks are computed again inside of themselves, and torch leaves such a block uncompiled; use "
+        "activation_checkpointing=none (compiled code already computes cheap operations again), or compile=false",
+    ),
+    Rule(
+        "train.compile",
+        lambda c: c.compile and c.offload_activations,
+        "compiled code decides by itself what it keeps; use one of compile and offload_activations",
+    ),
+    Rule(
+        "train.compile",
+        lambda c: c.compile and (c.strategy in ZERO or c.tensor > 1),
+        "parameters are gathered or cut by hooks inside of blocks, which compiled code does not run; use ddp or fsdp, "
+        "or compile=false",
+    ),
+    Rule(
+        "train.activation_checkpointing",
+        lambda c: c.activations == "selective" and c.tensor > 1,
+        "results that are cut over ranks cannot be told apart by where they lie; use activation_checkpointing=full",
+    ),
+    Rule(
+        "train.offload_activations",
+        lambda c: c.offload_activations and c.strategy == "zero3",
+        "DeepSpeed gathers weights for each block, and copies of them would be moved too; use fsdp, or "
+        "offload_activations=false",
+    ),
 )
 
 
@@ -148,6 +182,9 @@ def cell_of(recipe: Recipe, ranks: Ranks) -> Cell:
         recipe.objective.loss,
         ranks.world,
         section.shard_ranks,
+        recipe.train.activation_checkpointing,
+        recipe.train.offload_activations,
+        recipe.train.compile,
     )
 
 

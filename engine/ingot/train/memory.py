@@ -181,7 +181,11 @@ def _levers(failure: Failure, recipe: Recipe, budget: int, world: int) -> Iterat
         if recipe.data.batches == "padded":
             yield "data.batches=padding-free (now padded): the same result, no memory for padding"
         if train.activation_checkpointing == "none":
+            yield "train.activation_checkpointing=selective: the same result, half of the activations, a little slower"
+        if train.activation_checkpointing != "full":
             yield "train.activation_checkpointing=full: the same result, about a third more time"
+        if not train.offload_activations and not train.compile and torch.cuda.is_available():
+            yield "train.offload_activations=true: the same result, activations wait in CPU memory"
         if smaller >= budget and failure.load.longest:
             shorter = max(1, failure.load.longest // 2)
             yield f"data.max_tokens={shorter} (now {recipe.data.max_tokens}): longer rows lose their end"
@@ -189,6 +193,8 @@ def _levers(failure: Failure, recipe: Recipe, budget: int, world: int) -> Iterat
         yield "adapter.kind=lora (now none): gradients and optimizer state of a small part of the weights only"
     elif recipe.quantization.kind == "none":
         yield "quantization.kind=nf4 (now none): a quarter of a bfloat16 base's memory"
+    if recipe.optim.state == "float32":
+        yield "optim.state=int8 (now float32): a quarter of the optimizer state"
     if parallel.strategy in ("none", "ddp"):
         more = "" if world > 1 else "torchrun with several GPUs and "
         yield f"{more}parallel.strategy=fsdp (now {parallel.strategy}): every rank holds a part only"

@@ -19,6 +19,31 @@ def ranks(world: int) -> Ranks:
 
 
 TURNED_AWAY = {
+    "compiled and recomputed": (
+        2,
+        {"train": {"compile": True, "activation_checkpointing": "selective"}},
+        "train.compile",
+        "activation_checkpointing=none",
+    ),
+    "compiled and offloaded": (
+        2,
+        {"train": {"compile": True, "offload_activations": True}},
+        "train.compile",
+        "use one of",
+    ),
+    "compiled zero": (2, {"parallel": {"strategy": "zero3"}, "train": {"compile": True}}, "train.compile", "use ddp"),
+    "selective and cut": (
+        2,
+        {"parallel": {"strategy": "ddp", "tensor": 2}, "train": {"activation_checkpointing": "selective"}},
+        "train.activation_checkpointing",
+        "activation_checkpointing=full",
+    ),
+    "offloaded zero3": (
+        2,
+        {"parallel": {"strategy": "zero3"}, "train": {"offload_activations": True}},
+        "train.offload_activations",
+        "use fsdp",
+    ),
     "several models": (2, {"parallel": {"strategy": "none"}}, "parallel.strategy", "use auto or ddp"),
     "one rank": (1, {}, "parallel.strategy", "torchrun --nproc-per-node"),
     "context does not divide": (3, {"parallel": {"strategy": "ddp", "context": 2}}, "parallel.context", "divide"),
