@@ -65,7 +65,38 @@ def support_page() -> str:
         "offload optimizer": {"offload": "optimizer"},
         "offload parameters": {"offload": "parameters"},
     }
+    memory: dict[str, dict[str, Any]] = {
+        "recompute full": {"activations": "full"},
+        "selective": {"activations": "selective"},
+        "selective + context": {"activations": "selective", "context": 2},
+        "selective + tensor": {"activations": "selective", "tensor": 2},
+        "offload activations": {"offload_activations": True},
+        "offload + full": {"activations": "full", "offload_activations": True},
+        "compile": {"compile": True},
+        "compile + full": {"activations": "full", "compile": True},
+    }
     reasons: list[str] = []
+    lines, more = _support(columns, reasons), _support(memory, reasons)
+    allowed = list(rules.cells())
+    return "\n\n".join(
+        [
+            "# What goes together",
+            "Written from the rules that check a recipe (`ingot.parallel.rules`), the same that list what the tests "
+            f"train: {len(allowed)} combinations of strategy, adapter, quantization, batches, offload, context and "
+            "tensor on two gloo ranks, each compared step by step with one rank: losses within 1e-5 in float32.",
+            "\n".join(lines),
+            "What saves memory and time inside a block (`train.activation_checkpointing`, `train.offload_activations`, "
+            "`train.compile`). Activations are offloaded from GPUs only, and this has not run on one yet.",
+            "\n".join(more),
+            "\n".join(f"{number}. {reason[0].upper()}{reason[1:]}." for number, reason in enumerate(reasons, 1)),
+            "`none` with context or tensor: all ranks share one line, or each matrix. Nothing of this has run on GPUs "
+            "and NCCL yet; the tests for them are run by `make test-gpu`.",
+        ]
+    )
+
+
+def _support(columns: dict[str, dict[str, Any]], reasons: list[str]) -> list[str]:
+    """Return a table of strategies by `columns` (name -> changes to a plain cell); `reasons` grows."""
     lines = [f"| strategy | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for strategy in rules.STRATEGIES:
         marks = []
@@ -76,19 +107,7 @@ def support_page() -> str:
                 reasons.append(rule.because)
             marks.append("yes" if rule is None else f"no ({1 + reasons.index(rule.because)})")
         lines.append(f"| `{strategy}` | {' | '.join(marks)} |")
-    allowed = list(rules.cells())
-    return "\n\n".join(
-        [
-            "# What goes together",
-            "Written from the rules that check a recipe (`ingot.parallel.rules`), the same that list what the tests "
-            f"train: {len(allowed)} combinations of strategy, adapter, quantization, batches, offload, context and "
-            "tensor on two gloo ranks, each compared step by step with one rank: losses within 1e-5 in float32.",
-            "\n".join(lines),
-            "\n".join(f"{number}. {reason[0].upper()}{reason[1:]}." for number, reason in enumerate(reasons, 1)),
-            "`none` with context or tensor: all ranks share one line, or each matrix. Nothing of this has run on GPUs "
-            "and NCCL yet; the tests for them are run by `make test-gpu`.",
-        ]
-    )
+    return lines
 
 
 def _table(prefix: str, fields: dict[str, Any], required: list[str]) -> str:

@@ -77,7 +77,10 @@ def build(
     model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, recipe.train.seed)
     if tied and not adapters.tied_head(model):
         progress.note("adapter.targets: the output head was tied to the embedding and now has its own weight")
-    apply_activations(model, recipe.train, pick_device(ranks))
+    if cut:  # not where a trained model is only rebuilt
+        apply_activations(model, recipe.train, pick_device(read_ranks()))
+        if recipe.train.compile:
+            progress.note("train.compile: blocks are compiled in the first steps, which take minutes")
     if reader is not None:
         reader.lay_out(model)
         return Built(model, {}, reader.fill)

@@ -31,11 +31,13 @@ def selective(compared: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("name", [one["name"] for one in SELECTIVE])
 def test_ranks_that_keep_products_train_as_one(name: str, selective: Any) -> None:
-    selective(name)
+    selective(name, gradients="zero" not in name)  # DeepSpeed keeps them to itself
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it looks at a block's input
 def test_ranks_with_compiled_blocks_train_as_one(compared: Any, tmp_path: Path) -> None:
     compare = compared(2, COMPILED, tmp_path)
     for one in COMPILED:

@@ -151,7 +151,8 @@ RULES = (
     Rule(
         "train.compile",
         lambda c: c.compile and (c.strategy in ZERO or c.tensor > 1),
-        "parameters are gathered or cut by hooks inside of blocks, which compiled code does not run; use ddp or fsdp, "
+        "DeepSpeed and tensor watch, gather or cut parameters by hooks inside of blocks, which compiled code may leave "
+        "out; use ddp or fsdp, "
         "or compile=false",
     ),
     Rule(
