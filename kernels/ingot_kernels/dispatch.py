@@ -7,10 +7,12 @@ without a GPU, does nothing but define functions. Files of kernels start with `f
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch"]
@@ -45,3 +47,8 @@ def uses_triton(impl: Impl, tensor: Tensor) -> bool:
             "use auto or torch"
         )
     return True
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's GPU the one that kernels start on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -11,6 +11,13 @@ Function = Callable[..., Any]
 # Devices that kernels run on: the CPU by Triton's interpreter (tests/conftest.py switches it on), and a GPU.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 K_OUTPUT, K_GRADIENT = 3.0, 2.0
+
+
+def half_of(dtype: torch.dtype, impl: str, device: str) -> torch.dtype:
+    """`dtype`, or float16 in the place of bfloat16 for the interpreter, which cuts off bits where a GPU rounds."""
+    return torch.float16 if dtype == torch.bfloat16 and impl == "triton" and device == "cpu" else dtype
+
+
 # Below this share of the truth's size both are exact: differences of one rounding.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 

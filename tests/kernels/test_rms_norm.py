@@ -1,0 +1,141 @@
+"""Normalization, alone and with the residual's addition: every gradient, in both modes, by torch and by Triton."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from truth import DEVICES, check_against_truth, half_of
+
+from ingot_kernels import rms_norm as module
+from ingot_kernels.rms_norm import Mode, add_rms_norm, rms_norm, rms_norm_reference
+
+EPS = 0.1  # so large that a row of one number does not cancel out
+IMPLS = ["torch", "triton"]
+SHAPES = [(13, 67), (2, 3, 5), (1, 1), (0, 7), (3, 128)]
+
+
+def added(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, mode: Mode) -> tuple[Tensor, Tensor]:
+    return rms_norm_reference(x + residual, weight, eps, mode), x + residual
+
+
+def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape).to(device, dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["llama", "gemma"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_is_the_definition(shape: tuple[int, ...], mode: Mode, dtype: torch.dtype, impl: Any, device: str) -> None:
+    dtype = half_of(dtype, impl, device)
+    x, residual, weight = drawn(shape, shape, shape[-1:], dtype=dtype, device=device)
+    check_against_truth(
+        lambda x, w: rms_norm(x, w, EPS, mode, impl=impl), lambda x, w: rms_norm_reference(x, w, EPS, mode), [x, weight]
+    )
+    check_against_truth(
+        lambda x: rms_norm(x, None, EPS, mode, impl=impl), lambda x: rms_norm_reference(x, None, EPS, mode), [x]
+    )
+    upstream = drawn(shape, shape, dtype=dtype, device=device)
+    check_against_truth(
+        lambda x, r, w: add_rms_norm(x, r, w, EPS, mode, impl=impl),
+        lambda x, r, w: added(x, r, w, EPS, mode),
+        [x, residual, weight],
+        upstream,
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_and_expanded_inputs(impl: Any) -> None:
+    x, weight = drawn((7, 11), (7,))
+    check_against_truth(lambda x, w: rms_norm(x.t(), w, EPS, impl=impl), lambda x, w: rms_norm_reference(x.t(), w, EPS), [x, weight])  # fmt: skip
+    row, weight = drawn((1, 5), (5,))
+    check_against_truth(
+        lambda x, w: rms_norm(x.expand(4, 5), w, EPS, impl=impl), lambda x, w: rms_norm_reference(x.expand(4, 5), w, EPS), [row, weight]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reads_nothing_that_it_did_not_write(impl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: _poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poisoned(like(*a, **k)))
+    x, residual, weight = drawn((13, 67), (13, 67), (67,))
+    check_against_truth(
+        lambda x, r, w: add_rms_norm(x, r, w, EPS, impl=impl), lambda x, r, w: added(x, r, w, EPS, "llama"), [x, residual, weight]
+    )  # fmt: skip
+
+
+def _poisoned(tensor: Tensor) -> Tensor:
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_frozen_weight_and_repeated_backward(impl: Any) -> None:
+    x, weight = drawn((9, 33), (33,))
+    x.requires_grad_()
+    y = rms_norm(x, weight, EPS, impl=impl)
+    y.square().sum().backward(retain_graph=True)
+    assert x.grad is not None
+    first = x.grad.clone()
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * first)
+    for reentrant in (False, True):
+        again = checkpoint(lambda x: rms_norm(x, weight, EPS, impl=impl), x, use_reentrant=reentrant)
+        [gradient] = torch.autograd.grad(again.square().sum(), x) if not reentrant else [None]
+        if reentrant:
+            x.grad = None
+            again.square().sum().backward()
+            gradient = x.grad
+        torch.testing.assert_close(gradient, first)
+
+
+@pytest.mark.parametrize("fault", ["sign", "term", "residual", "stale"])
+def test_planted_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, forward = module._backward, module._forward
+
+    def wrong(grad: Tensor, more: Tensor | None, x: Tensor, weight: Any, rstd: Tensor, *rest: Any) -> Any:
+        if fault == "residual":
+            return own(grad, None, x, weight, rstd, *rest)
+        dx, dweight = own(grad, more, x, weight, rstd, *rest)
+        if fault == "sign":
+            return -dx, dweight
+        return (grad * weight * rstd + (0 if more is None else more), dweight) if fault == "term" else (dx, dweight)
+
+    monkeypatch.setattr(module, "_backward", wrong)
+    if fault == "stale":
+        monkeypatch.setattr(module, "_forward", lambda *a: (forward(*a)[0], torch.ones_like(forward(*a)[1])))
+    x, residual, weight = drawn((13, 67), (13, 67), (67,))
+    with pytest.raises(AssertionError, match="from the truth"):
+        check_against_truth(
+            lambda x, r, w: add_rms_norm(x, r, w, EPS, impl="torch"), lambda x, r, w: added(x, r, w, EPS, "llama"), [x, residual, weight], drawn((13, 67), (13, 67))
+        )  # fmt: skip
+
+
+def test_compiled_equals_eager() -> None:
+    x, weight = drawn((9, 33), (33,))
+    compiled = torch.compile(lambda x, w: rms_norm(x, w, EPS), backend="aot_eager", fullgraph=True)
+    check_against_truth(compiled, lambda x, w: rms_norm_reference(x, w, EPS), [x, weight])
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count() -> None:
+    M, H = 2**31 // 1024 + 3, 1024
+    x = torch.zeros(M, H, device="cuda", dtype=torch.bfloat16)
+    x[-1] = torch.arange(H, device="cuda") - 500
+    weight = torch.ones(H, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(rms_norm(x, weight, EPS)[-1], rms_norm_reference(x[-1], weight, EPS))
+
+
+@pytest.mark.gpu
+def test_waits_for_nothing() -> None:
+    x, weight = (t.requires_grad_() for t in drawn((64, 128), (128,), device="cuda"))
+    rms_norm(x, weight, EPS).sum().backward()  # compiled before
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rms_norm(x, weight, EPS).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
