@@ -177,12 +177,12 @@ class _Replay(TorchDispatchMode):
         return tree_map_only(Tensor, Tensor.detach, entry.value)
 
 
-def compile_blocks(model: nn.Module) -> int:
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     """torch.compile each block as a module, so that its name, its hooks and its parameters stay; return how many.
 
-    Sizes are dynamic: a line has another number of tokens in every step.
+    Sizes are dynamic: a line has another number of tokens in every step. `backend`: torch.compile's.
     """
     blocks = blocks_of(model)
     for block in blocks:
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, backend=backend)
     return len(blocks)
