@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ingot.errors import ModelError
-from ingot.model import adapters
+from ingot.model import adapters, fused
 from ingot.model.export import export_model, probes
 from ingot.model.load import load_model, parameter_counts, read_whole, resolve_dtype
 from ingot.model.materialize import ShardReader
@@ -32,12 +32,13 @@ class Built(NamedTuple):
     """A model to train.
 
     `initial`: a copy of what its adapter starts from; empty for full fine-tuning, and for a model that lies on the meta
-    device, where `fill` puts weights into what `parallelize` has cut.
+    device, where `fill` puts weights into what `parallelize` has cut. `kernels`: what fused operations compute.
     """
 
     model: nn.Module
     initial: dict[str, Tensor]
     fill: Callable[[nn.Module], None] | None = None
+    kernels: fused.Report = fused.Report()
 
 
 def build(
@@ -77,15 +78,19 @@ def build(
     model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, recipe.train.seed)
     if tied and not adapters.tied_head(model):
         progress.note("adapter.targets: the output head was tied to the embedding and now has its own weight")
+    kernels = fused.Report()
     if cut:  # not where a trained model is only rebuilt
+        kernels = fused.apply(model, recipe.kernels, hooked=_hooked(recipe.parallel) if ranks.world > 1 else None)
+        for text in kernels.lines():
+            progress.note(text)
         apply_activations(model, recipe.train, pick_device(read_ranks()))
         if recipe.train.compile:
             progress.note("train.compile: blocks are compiled in the first steps, which take minutes")
     if reader is not None:
         reader.lay_out(model)
-        return Built(model, {}, reader.fill)
+        return Built(model, {}, reader.fill, kernels)
     initial = {} if full else {name: p.detach().cpu().clone() for name, p in adapters.trainable_tensors(model)}
-    return Built(model, initial)
+    return Built(model, initial, kernels=kernels)
 
 
 def _note_unquantized(model: nn.Module, recipe: Recipe, progress: Progress) -> None:
@@ -109,6 +114,13 @@ def _whole_because(recipe: Recipe) -> str | None:
     return None
 
 
+def _hooked(section: Parallel) -> str | None:
+    """Who hooks into single layers, so that several must not be computed at once."""
+    if section.tensor > 1:
+        return "parallel.tensor"
+    return "zero3" if section.strategy == "zero3" else None
+
+
 def _grid(section: Parallel, ranks: Ranks) -> tuple[int, int]:
     """(copies of the model, ranks or groups of ranks that cut one copy)."""
     groups = ranks.world // section.tensor
@@ -125,7 +137,7 @@ def rebuilt(
     In CPU memory, or on `device` if twice its size is free there. Raises CheckpointError when the files do not fit.
     """
     gc.collect()
-    model, initial, _ = build(recipe, home, labels, Ranks(), cut=False)
+    model, initial, *_ = build(recipe, home, labels, Ranks(), cut=False)
     state = {MODEL + name: parameter.detach() for name, parameter in adapters.trainable_tensors(model)}
     written = Written(checkpoint)
     written.fill(state, others=[name for name in written.tensors if name.startswith(OPTIMIZER)])
@@ -150,6 +162,7 @@ def export(
     }
     facts["trainable_parameters"], facts["parameters"] = parameter_counts(model)
     facts |= prepared.data_facts()
+    fused.restore(model)  # what is exported is the architecture's own
     if recipe.adapter.kind == "lora":
         # The first step moves only one of A and B, since the other starts at zero.
         dead = adapters.dead_tensors(model, initial) if fitted.final_step > 1 else []

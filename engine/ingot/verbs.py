@@ -130,7 +130,9 @@ def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progres
         with tracker, _status(run, ranks):
             started = time.perf_counter()
             with _watched(run, ranks, device) as pulse:
-                model, initial, fill = build(recipe, home, prepared.facts.labels, ranks, progress)
+                model, initial, fill, kernels = build(recipe, home, prepared.facts.labels, ranks, progress)
+                if ranks.main:
+                    run.note(kernels=kernels.facts())
                 sharded = parallelize(model, ranks, recipe, device, resolve_dtype(recipe.model.dtype, device), fill)
                 sharded.teacher = load_teacher(recipe, home, device, resolve_dtype(recipe.model.dtype, device))
                 fitted = train(sharded, prepared, recipe, run, begun, tracker, progress, pulse)

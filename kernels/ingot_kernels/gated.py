@@ -84,7 +84,7 @@ def _launch(gate: Tensor, up: Tensor, grad: Tensor | None, act: Act) -> tuple[Te
 
 
 @jit
-def _gated_kernel(
+def _gated_kernel(  # type: ignore[no-untyped-def]
     gate, up, grad, first, second, gate_stride, up_stride, grad_stride, size,
     BACKWARD: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

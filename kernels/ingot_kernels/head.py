@@ -139,7 +139,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, single: bool
         return total.addmm_(left, right)
     if left.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         return torch.addmm(total, left, right, out_dtype=kind, out=total)  # type: ignore[call-overload]
-    return total.add_(torch.mm(left, right, out=workspace("product", tuple(total.shape), left.dtype, left)))
+    return total.add_(torch.mm(left, right, out=workspace("product", (left.shape[0], right.shape[1]), left.dtype, left)))
 
 
 class _Totals:
@@ -175,7 +175,7 @@ class _Totals:
 
     def finished(self, originals: Parts) -> list[Tensor | None]:
         """In the types of `originals`; zeros where no chunk came by."""
-        found = []
+        found: list[Tensor | None] = []
         for total, original, need in zip(
             (self.weight, self.bias, self.a, self.b), originals[:4], self.needs[1:], strict=True
         ):
@@ -190,7 +190,7 @@ class Job(NamedTuple):
     """A loss of a head over rows of hidden states. `rows_M`: which; None: all, in order."""
 
     grade: Grade
-    rows_M: Tensor | None
+    rows_M: Tensor | None  # noqa: N815
     factor: float
     chunk_bytes: int | None
     group: torch.distributed.ProcessGroup | None = None

@@ -152,16 +152,16 @@ def _launch_backward(
     if M and H:
         with device_of(x):
             _backward_kernel[(programs,)](
-                grad_MH, more_MH, x_MH, x_MH if weight is None else weight.contiguous(), rstd_M, dx_MH, partial_PH, M, H,
-                ADDS=grad_total is not None, WEIGHTED=weight is not None, LEARNED=needs_weight, GEMMA=mode == "gemma",
-                BLOCK=triton.next_power_of_2(H),
+                grad_MH, more_MH, x_MH, x_MH if weight is None else weight.contiguous(), rstd_M, dx_MH, partial_PH,
+                M, H, ADDS=grad_total is not None, WEIGHTED=weight is not None, LEARNED=needs_weight,
+                GEMMA=mode == "gemma", BLOCK=triton.next_power_of_2(H),
             )  # fmt: skip
     dweight = partial_PH.sum(0).to(weight.dtype) if needs_weight and weight is not None else None
     return dx_MH.view(x.shape), dweight
 
 
 @jit
-def _forward_kernel(
+def _forward_kernel(  # type: ignore[no-untyped-def]
     x, residual, weight, y, total, rstd, H, EPS: tl.constexpr,
     ADDS: tl.constexpr, WEIGHTED: tl.constexpr, GEMMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def _backward_kernel(  # type: ignore[no-untyped-def]
     grad, more, x, weight, rstd, dx, partial, M, H,
     ADDS: tl.constexpr, WEIGHTED: tl.constexpr, LEARNED: tl.constexpr, GEMMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +200,7 @@ def _backward_kernel(
         if GEMMA:
             w += 1.0
     learned = tl.zeros([BLOCK], dtype=tl.float32)
-    for turn in range(0, tl.cdiv(M, programs)):
+    for turn in range(tl.cdiv(M, programs)):
         row = program + turn * programs
         place, present = row * H + columns, inside & (columns * 0 + row < M)
         d = tl.load(grad + place, mask=present, other=0.0).to(tl.float32)

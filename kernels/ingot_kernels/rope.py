@@ -114,7 +114,7 @@ class _Turned(torch.autograd.Function):
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Any, ...]:
         cos, sin, q, k, q_weight, k_weight, q_rstd, k_rstd = ctx.saved_tensors
         options = ctx.options
-        found = []
+        found: list[tuple[Tensor, Tensor | None]] = []
         for number, (grad, x, weight, rstd) in enumerate(
             ((q_grad, q, q_weight, q_rstd), (k_grad, k, k_weight, k_rstd))
         ):
@@ -183,7 +183,7 @@ def _launch(
 
 
 @jit
-def _turn_kernel(
+def _turn_kernel(  # type: ignore[no-untyped-def]
     x, cos, sin, weight, out, rstd, batch_stride, token_stride, head_stride, T, G, half, D, cos_stride,
     EPS: tl.constexpr, NORMED: tl.constexpr, GEMMA: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
@@ -233,7 +233,7 @@ def _turn_kernel(
 
 
 @jit
-def _weighed(n, weight, columns, inside, GEMMA: tl.constexpr, dtype: tl.constexpr):
+def _weighed(n, weight, columns, inside, GEMMA: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """What a normalization makes of n, rounded as it rounds."""
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     if GEMMA:

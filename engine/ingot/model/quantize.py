@@ -54,6 +54,16 @@ class QuantizedLinear(nn.Linear):
         output: Tensor = _FrozenProduct.apply(input, self, dtype)
         return output if self.bias is None else output + self.bias.to(dtype)
 
+    def product(self, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        """x Wᵀ [M, N], added to `out_MN` in place; without the bias."""
+        weight_KN = self.dequantized(x_MK.dtype).t()
+        return x_MK @ weight_KN if out_MN is None else out_MN.addmm_(x_MK, weight_KN)
+
+    def transposed_product(self, grad_MN: Tensor, out_MK: Tensor | None = None) -> Tensor:
+        """grad W [M, K], added to `out_MK` in place."""
+        weight = self.dequantized(grad_MN.dtype)
+        return grad_MN @ weight if out_MK is None else out_MK.addmm_(grad_MN, weight)
+
     def extra_repr(self) -> str:
         """As nn.Linear's, with the kind."""
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"

@@ -1,0 +1,284 @@
+"""Fused operations (`ingot_kernels`) in the places of a model's own, on this model only.
+
+A module keeps its class, name, parameters and hooks; only the `forward` of the instance is another function. What it
+computes is not told by its name: a small instance of the model is made (lines.py), each candidate is tried on it, and
+what gives other results stays as it is, with the reason in the report.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ingot.errors import RecipeError
+from ingot.model import fused_blocks, head
+from ingot.model.fused_blocks import (
+    GATED,
+    adapted_forward,
+    attention_forward,
+    block_forward,
+    gated_forward,
+    norm_forward,
+)
+from ingot.model.lines import shrunk
+from ingot.model.quantize import QuantizedLinear
+from ingot.recipe import Kernels
+from ingot_kernels.dispatch import Impl
+from ingot_kernels.gated import Act
+from ingot_kernels.rms_norm import Mode, rms_norm_reference
+
+OPS = ("rms_norm", "rope", "gated", "lora_linear", "linear_cross_entropy")
+LENGTH = 40  # tokens of the trial: more than the windows of `shrunk`
+CLOSE = 1e-4  # largest difference of a trial's outputs, as a share of their size; rounding leaves about 1e-6
+ACTS: tuple[Act, ...] = ("silu", "gelu_tanh", "gelu")
+MODES: tuple[Mode, ...] = ("llama", "gemma")
+
+
+@dataclass
+class Report:
+    """For each operation the modules that it computes now, and those that were left and why."""
+
+    replaced: dict[str, list[str]] = field(default_factory=lambda: {op: [] for op in OPS})
+    left: dict[str, dict[str, list[str]]] = field(default_factory=lambda: {op: {} for op in OPS})
+
+    def leave(self, op: str, why: str, names: Sequence[str] = ()) -> None:
+        self.left[op].setdefault(why, []).extend(names)
+
+    def lines(self) -> list[str]:
+        """For people: an operation a line."""
+        found = []
+        for op in OPS:
+            if not self.replaced[op] and not self.left[op]:
+                continue
+            parts = [f"{len(self.replaced[op])} replaced"]
+            parts += [f"{len(names) or 'all'} left ({why})" for why, names in self.left[op].items()]
+            found.append(f"kernels.{op}: {', '.join(parts)}")
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """As plain values."""
+        return {op: {"replaced": self.replaced[op], "left": self.left[op]} for op in OPS}
+
+
+def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None) -> Report:
+    """Let `ingot_kernels` compute what `section.ops` names, wherever this model has a place for it; with adapters and
+    quantization already in it, before it is spread over ranks or compiled.
+
+    `hooked`: who puts hooks on single layers afterwards (zero3, tensor), which calls of several layers at once would
+    pass by. Raises RecipeError when an operation that a list names finds no place.
+    """
+    report = Report()
+    if section.ops == "none":
+        return report
+    wanted = OPS if section.ops == "auto" else tuple(section.ops)
+    owner = _owner(model)
+    plans = _plans(owner, wanted, section.impl, report) if owner is not None else {}
+    if owner is None:
+        report.leave("rms_norm", "not a model of transformers")
+    for name, module in model.named_modules():
+        plan = plans.get(type(module))
+        if plan is None:
+            continue
+        op, function = plan
+        if hooked and function.func in (attention_forward, block_forward):
+            report.leave(op, f"{hooked} puts hooks on its parts", [name])
+            continue
+        module.forward = partial(function, module)
+        report.replaced[op].append(name)
+    if "linear_cross_entropy" in wanted:
+        count, why = head.attach(model, section.impl)
+        if count:
+            report.replaced["linear_cross_entropy"].append("the output head")
+        else:
+            report.leave("linear_cross_entropy", why or "no output head")
+    if "lora_linear" in wanted:
+        _replace_adapters(model, section.impl, hooked, report)
+    if section.ops != "auto":
+        _check_all(wanted, report, owner)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `apply`."""
+    head.detach(model)
+    for module in model.modules():
+        own = vars(module).get("forward")
+        if isinstance(own, partial) and own.func.__module__ == fused_blocks.__name__:
+            del module.forward
+
+
+def _check_all(wanted: Sequence[str], report: Report, owner: nn.Module | None) -> None:
+    for op in wanted:
+        if not report.replaced[op]:
+            why = "; ".join(report.left[op]) or "nothing in it computes that"
+            what = type(owner).__name__ if owner is not None else "this model"
+            raise RecipeError("kernels.ops", op, f"{what} has no place for it: {why}; leave it out, or use auto")
+
+
+def _owner(model: nn.Module) -> Any:
+    """The transformers model in what was put around it."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+# --- what a class of modules computes, found out on a small instance
+
+Plan = tuple[str, partial[Any]]  # an operation, and a forward that takes the module first
+
+
+def _plans(owner: Any, wanted: Sequence[str], impl: Impl, report: Report) -> dict[type, Plan]:
+    """Class of a module -> what to do with it."""
+    twin, why = _twin(owner)
+    if twin is None:
+        for op in set(wanted) & {"rms_norm", "rope", "gated"}:
+            report.leave(op, why)
+        return {}
+    plans: dict[type, Plan] = {}
+    names = {type(module): name for name, module in reversed(list(twin.named_modules()))}
+    for kind, candidates in _candidates(twin, impl):
+        tried = [(op, function) for op, function in candidates if op in wanted]
+        found = next((plan for plan in tried if _same(twin, kind, plan[1], plans)), None)
+        if found is not None:
+            plans[kind] = found
+        elif tried:
+            same = [name for name, module in owner.named_modules() if type(module) is kind]
+            report.leave(tried[0][0], f"{kind.__name__} computes something else", same or [names[kind]])
+    return plans
+
+
+def _twin(owner: Any) -> tuple[Any, str]:
+    """A small instance of the model's class in float32, with weights that hide nothing; or why there is none."""
+    failure = ""
+    for narrow in (True, False):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+                torch.manual_seed(0)
+                config = shrunk(owner.config, narrow=narrow)
+                twin = type(owner)._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+                for parameter in twin.parameters():  # norms start as ones or zeros, and would look alike
+                    if parameter.ndim == 1:
+                        parameter.add_(torch.randn_like(parameter) * 0.3)
+                _run(twin)
+        except Exception as error:  # whatever a class of others' raises when it is made small
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+            continue
+        return twin, ""
+    return None, f"{type(owner).__name__} could not be tried out ({failure})"
+
+
+@torch.no_grad()
+def _run(twin: Any) -> Tensor:
+    """What the small instance gives for two rows of tokens."""
+    generator = torch.Generator().manual_seed(1)
+    size = twin.get_input_embeddings().weight.shape[0]
+    ids_BT = torch.randint(3, size, (2, LENGTH), generator=generator)
+    inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    if twin.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids_BT
+    output: Tensor = twin(**inputs, return_dict=False)[0]
+    return output
+
+
+def _same(twin: Any, kind: type, function: Callable[..., Any], plans: dict[type, Plan]) -> bool:
+    """Whether the small instance gives the same with `function` in all modules of `kind`."""
+    modules: list[Any] = [module for module in twin.modules() if type(module) is kind]
+    plain = _run(twin)
+    try:
+        for module in modules:
+            module.forward = partial(function, module)
+        fused = _run(twin)
+    except Exception:  # a forward of another shape; the reason is that it is another one
+        return False
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
+    return bool((plain - fused).abs().max() <= CLOSE * plain.abs().max())
+
+
+def _candidates(twin: Any, impl: Impl) -> Iterator[tuple[type, list[Plan]]]:
+    """Classes that look like something known, innermost first, each with the forwards to try."""
+    kinds = {type(module): module for module in twin.modules()}
+    norms = {kind: _norm_of(module) for kind, module in kinds.items()}
+    for kind, given in norms.items():
+        if given is not None:
+            mode, eps = given
+            yield kind, [("rms_norm", partial(norm_forward, eps=eps, mode=mode, impl=impl))]
+    for kind, module in kinds.items():
+        forms = [form for names, form in GATED if _has(module, names)]
+        if forms:
+            yield (
+                kind,
+                [("gated", partial(gated_forward, form=form, act=act, impl=impl)) for form in forms for act in ACTS],
+            )
+        elif _has(module, ("q_proj", "k_proj", "v_proj", "o_proj")) and hasattr(module, "head_dim"):
+            given = norms.get(type(getattr(module, "q_norm", None)))
+            if given is None and _has(module, ("q_norm",)):
+                continue
+            yield (
+                kind,
+                [
+                    ("rope", partial(attention_forward, norm=given, interleaved=interleaved, impl=impl))
+                    for interleaved in (False, True)
+                ],
+            )
+        elif _has(module, ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")):
+            given = norms.get(type(module.post_attention_layernorm))
+            if given is not None:
+                yield kind, [("rms_norm", partial(block_forward, norm=given, impl=impl))]
+
+
+def _has(module: Any, names: Sequence[str]) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
+
+def _norm_of(module: Any) -> tuple[Mode, float] | None:
+    """(mode, eps) of a module that normalizes as `rms_norm` does."""
+    eps = next(
+        (e for e in (getattr(module, n, None) for n in ("variance_epsilon", "eps")) if isinstance(e, float)), None
+    )
+    weights = list(module.parameters())
+    if eps is None or len(weights) != 1 or weights[0].ndim != 1 or weights[0] is not getattr(module, "weight", None):
+        return None
+    x = 3 * torch.randn(2, 5, weights[0].numel(), generator=torch.Generator().manual_seed(2))
+    for mode in MODES:
+        with torch.no_grad():
+            try:
+                if torch.allclose(module(x), rms_norm_reference(x, module.weight, eps, mode), rtol=1e-4, atol=1e-5):
+                    return mode, eps
+            except Exception:  # takes something else than one tensor
+                return None
+    return None
+
+
+# --- adapters
+
+
+def _replace_adapters(model: nn.Module, impl: Impl, hooked: str | None, report: Report) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLinear) or "forward" in vars(module):  # the head may have its own
+            continue
+        why = f"{hooked} puts hooks on its parts" if hooked else _unfit(module)
+        if why is not None:
+            report.leave("lora_linear", why, [name])
+            continue
+        module.forward = partial(adapted_forward, module, impl=impl)
+        report.replaced["lora_linear"].append(name)
+
+
+def _unfit(layer: Any) -> str | None:
+    """Why a layer with adapters is left to peft."""
+    base = layer.get_base_layer()
+    if type(base) is not nn.Linear and not isinstance(base, QuantizedLinear):
+        return f"its base is a {type(base).__name__}"
+    if any(parameter.requires_grad for parameter in base.parameters()):
+        return "its base is trained, too"
+    weighed = any(name in layer.lora_magnitude_vector for name in layer.lora_A)
+    if weighed and any(getattr(dropout, "p", 0) for dropout in layer.lora_dropout.values()):
+        return "dora with dropout"
+    if any(getattr(up, "bias", None) is not None for up in layer.lora_B.values()):
+        return "its adapter has a bias"
+    return None
