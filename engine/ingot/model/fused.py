@@ -210,10 +210,8 @@ def _candidates(twin: Any, impl: Impl) -> Iterator[tuple[type, list[Plan]]]:
     for kind, module in kinds.items():
         forms = [form for names, form in GATED if _has(module, names)]
         if forms:
-            yield (
-                kind,
-                [("gated", partial(gated_forward, form=form, act=act, impl=impl)) for form in forms for act in ACTS],
-            )
+            acts = [(form, act) for form in forms for act in ACTS]
+            yield kind, [("gated", partial(gated_forward, form=form, act=act, impl=impl)) for form, act in acts]
         elif _has(module, ("q_proj", "k_proj", "v_proj", "o_proj")) and hasattr(module, "head_dim"):
             given = norms.get(type(getattr(module, "q_norm", None)))
             if given is None and _has(module, ("q_norm",)):
