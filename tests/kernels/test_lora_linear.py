@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -54,9 +55,15 @@ def drawn(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("shape", "outputs", "rank", "n_adapters"),
-    [((13, 17), (11,), 3, 1), ((2, 7, 19), (5, 3, 23), 7, 1), ((31, 13), (29, 23), 2, 2), ((0, 5), (3,), 2, 1), ((3, 5), (7,), 1, 0)],
+    [
+        ((13, 17), (11,), 3, 1),
+        ((2, 7, 19), (5, 3, 23), 7, 1),
+        ((31, 13), (29, 23), 2, 2),
+        ((0, 5), (3,), 2, 1),
+        ((3, 5), (7,), 1, 0),
+    ],
     ids=["one", "three", "two adapters", "no rows", "no adapter"],
-)  # fmt: skip
+)
 def test_gradients_are_those_of_the_definition(
     device: str, dtype: torch.dtype, shape: tuple[int, ...], outputs: tuple[int, ...], rank: int, n_adapters: int
 ) -> None:
@@ -121,29 +128,80 @@ def test_dropout_is_drawn_again_for_the_backward_pass(reentrant: bool) -> None:
         torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"bias": True}], ids=str)
-def test_equals_peft(options: dict[str, Any]) -> None:
-    bias = options.pop("bias", False)
+@pytest.mark.parametrize("second", [False, True], ids=["one adapter", "two adapters"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.5}, {"lora_dropout": 0.5}],
+    ids=str,
+)
+def test_equals_peft(options: dict[str, Any], second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropout = options.get("lora_dropout", 0.0)
+    fixed = (torch.arange(3 * 7 * 24).view(3, 7, 24) % 3 > 0).float() / (1 - dropout)
+    if dropout:
+        # The same elements stay in both, in place of a draw.
+        monkeypatch.setattr(F, "dropout", lambda x, *_: x * fixed)
+        monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x * fixed)
+        monkeypatch.setattr(module, "_kept", lambda x, *_: fixed.view(x.shape))
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(24, 40, bias=bias))
+    plain = nn.Sequential(nn.Linear(24, 40))
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["0"], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=6, target_modules=["0"], **options))
+        model: Any = get_peft_model(plain, config)
+        if second:
+            model.add_adapter("other", config)
+            model.base_model.set_adapter(["default", "other"])
     layer: Any = model.base_model.model[0]
-    nn.init.normal_(layer.lora_B["default"].weight)
+    for name in layer.active_adapters:
+        nn.init.normal_(layer.lora_B[name].weight)
     x = torch.randn(3, 7, 24, requires_grad=True)
     wanted = model(x)
     trained = [p for p in model.parameters() if p.requires_grad]
     upstream = torch.randn_like(wanted)
     gradients = torch.autograd.grad((wanted * upstream).sum(), (x, *trained))
-    magnitude = layer.lora_magnitude_vector["default"].weight if "use_dora" in options else None
-    adapter = Adapter(
-        layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"], 0.0, magnitude
+    adapters = tuple(
+        Adapter(
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.scaling[name],
+            dropout,
+            layer.lora_magnitude_vector[name].weight if "use_dora" in options else None,
+        )
+        for name in layer.active_adapters
     )
-    [got] = lora_linear(x, [Projection(layer.base_layer.weight, layer.base_layer.bias, (adapter,))])
+    [got] = lora_linear(x, [Projection(layer.base_layer.weight, layer.base_layer.bias, adapters)])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     for one, other in zip(torch.autograd.grad((got * upstream).sum(), (x, *trained)), gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+class Halves:
+    """A base that is held as halves of its weight: what a quantized one has to do."""
+
+    def __init__(self, weight_NK: Tensor) -> None:
+        self.half = weight_NK / 2
+
+    def product(self, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        found = x_MK @ self.half.to(x_MK.dtype).t() * 2
+        return found if out_MN is None else out_MN.add_(found)
+
+    def transposed_product(self, grad_MN: Tensor, out_MK: Tensor | None = None) -> Tensor:
+        found = grad_MN @ self.half.to(grad_MN.dtype) * 2
+        return found if out_MK is None else out_MK.add_(found)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return (self.half * 2).to(dtype)
+
+
+@pytest.mark.parametrize("n_adapters", [0, 1])
+def test_base_that_is_not_a_tensor(n_adapters: int) -> None:
+    tensors, weights = drawn((13, 17), (11, 5), 3, n_adapters, torch.float32, "cpu")
+
+    def quantized(x: Tensor, projections: list[Projection]) -> Any:
+        return lora_linear(x, [p._replace(weight=Halves(weights[n])) for n, p in enumerate(projections)])
+
+    kernel, reference = (adapted(f, weights, [None, None], n_adapters) for f in (quantized, lora_linear_reference))
+    check_against_truth(kernel, reference, tensors)
 
 
 def test_autocast_leaves_the_activation_in_bfloat16_and_adapters_in_float32() -> None:
@@ -154,7 +212,8 @@ def test_autocast_leaves_the_activation_in_bfloat16_and_adapters_in_float32() ->
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and a.grad is not None and a.grad.dtype == torch.float32
     assert x.grad is not None and x.grad.dtype == torch.float32
-    [exact] = lora_linear_reference(x.double(), [Projection(weights[0].double(), None, (Adapter(a.double(), b.double(), FACTOR),))])  # fmt: skip
+    exact_adapter = Adapter(a.double(), b.double(), FACTOR)
+    [exact] = lora_linear_reference(x.double(), [Projection(weights[0].double(), None, (exact_adapter,))])
     torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-2 * float(exact.detach().abs().max()))
 
 
