@@ -71,10 +71,8 @@ def _one(x: Tensor, projection: Projection) -> Tensor:
             y = y + low
             continue
         scale_N = _row_scale(weight, adapter).to(x.dtype)
-        if adapter.dropout:
-            y = y + low * scale_N + F.linear(dropped, weight) * (scale_N - 1)
-        else:
-            y = (y + low) * scale_N
+        of_base = F.linear(dropped, weight) if adapter.dropout else y
+        y = y + low * scale_N + of_base * (scale_N - 1)
     return y if projection.bias is None else y + projection.bias.to(x.dtype)
 
 
@@ -114,9 +112,10 @@ def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
 
 
 class _Linears(torch.autograd.Function):
-    """All projections of one input. Each product with a base comes last and is added to what its adapters gave. On a CPU
-    four orders that add in place are as fast as one another, 3 to 5 % faster than products added apart
-    (benchmarks/results/lora_variants.md); this one needs no second copy of the weight.
+    """All projections of one input. Each product with a base comes last and is added to what its adapters gave.
+
+    On a CPU the four orders that add in place are alike within the noise, and products added apart were the slowest at
+    every size, by 3 to 5 % in sum (benchmarks/results/lora_variants.md). This one keeps no second copy of the weight.
     """
 
     @staticmethod
