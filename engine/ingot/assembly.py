@@ -14,7 +14,7 @@ from ingot.model.export import export_model, probes
 from ingot.model.load import load_model, parameter_counts, read_whole, resolve_dtype
 from ingot.model.materialize import ShardReader
 from ingot.model.matrices import matrices
-from ingot.model.quantize import quantized, rounded
+from ingot.model.quantize import check_checkpoint, quantized, rounded
 from ingot.parallel import fsdp
 from ingot.parallel.recompute import apply_activations
 from ingot.parallel.sharded import MODEL, OPTIMIZER
@@ -71,7 +71,9 @@ def build(
         seed=recipe.train.seed,
         read=reader or read_whole,
     )
-    if recipe.quantization.kind != "none":
+    if recipe.quantization.kind == "none":
+        check_checkpoint(model, recipe.quantization)
+    else:
         _note_unquantized(model, recipe, progress)
         model = (quantized if cut else rounded)(model, recipe.quantization)
     tied = adapters.tied_head(model)

@@ -66,7 +66,7 @@ def quantize_rows(x: Tensor, factors: Tensor | None = None, *, impl: Impl = "aut
 
 
 @jit
-def _quantize_rows_kernel(
+def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     factors_ptr,
     out_ptr,

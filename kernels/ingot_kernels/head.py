@@ -139,7 +139,9 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, single: bool
         return total.addmm_(left, right)
     if left.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         return torch.addmm(total, left, right, out_dtype=kind, out=total)  # type: ignore[call-overload]
-    return total.add_(torch.mm(left, right, out=workspace("product", (left.shape[0], right.shape[1]), left.dtype, left)))
+    return total.add_(
+        torch.mm(left, right, out=workspace("product", (left.shape[0], right.shape[1]), left.dtype, left))
+    )
 
 
 class _Totals:

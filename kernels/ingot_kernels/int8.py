@@ -48,7 +48,7 @@ def dequantize(
 
 
 @jit
-def _scale_rows_kernel(packed_ptr, scales_ptr, out_ptr, K, BLOCK: tl.constexpr):
+def _scale_rows_kernel(packed_ptr, scales_ptr, out_ptr, K, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """out = packed x the scale of its row, BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

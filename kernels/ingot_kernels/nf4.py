@@ -167,7 +167,7 @@ def _dequantize_torch(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
 
 
 @jit
-def _dequantize_kernel(
+def _dequantize_kernel(  # type: ignore[no-untyped-def]
     packed_ptr,
     codes_ptr,
     scales_ptr,
@@ -213,7 +213,7 @@ def _dequantize_triton(
             _codes(packed.device),
             scales.contiguous(),
             dynamic_codes(True, packed.device) if nested else scales,
-            scale_scales.contiguous() if nested else scales,
+            scales if scale_scales is None else scale_scales.contiguous(),
             offset if nested else scales,
             out,
             n,

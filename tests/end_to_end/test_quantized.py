@@ -2,16 +2,17 @@
 
 import json
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from ingot.model.quantize import rounded
 from ingot.recipe import Quantization
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_exported_model_is_the_trained_one(ingot, project, kind):
     project.write(quantization={"kind": kind})
     done = ingot("run", project.recipe)
@@ -30,6 +31,28 @@ def test_exported_model_is_the_trained_one(ingot, project, kind):
         torch.testing.assert_close(learned_over, over.get_submodule(layer).weight, rtol=0, atol=1e-6)
         assert (learned_over - base.get_submodule(layer).weight).abs().max() > 1e-5
     assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+def test_a_checkpoint_in_four_bits_is_trained_over_as_it_is(ingot, project, tmp_path):
+    source = project.values["model"]["source"]
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    four = AutoModelForCausalLM.from_pretrained(source, quantization_config=options)
+    four.save_pretrained(tmp_path / "four")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "four")
+    model = project.values["model"] | {"source": str(tmp_path / "four")}
+    done = ingot("finetune", project.write(model=model))
+    assert done.code == 2 and "quantization.kind = 'none': model.source holds weights in nf4; use nf4" in done.err
+    done = ingot("run", project.write(model=model, quantization={"kind": "nf4"}))
+    assert done.code == 0, done.err
+    facts = json.loads((project.run / "run.json").read_text())["stages"]["finetune"]
+    assert facts["merge_difference"] < 1e-4 and facts["merge_difference_full_base"] < 1e-4  # there is no other base
+    merged = AutoModelForCausalLM.from_pretrained(project.run / "model")
+    adapter = load_file(project.run / "adapter" / "adapter_model.safetensors")
+    layer = "model.layers.0.mlp.up_proj"
+    a, b = (adapter[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+    packed = four.get_submodule(layer).weight
+    whole = bnb.dequantize_4bit(packed.data, packed.quant_state).float()
+    torch.testing.assert_close(merged.get_submodule(layer).weight - 2.0 * b @ a, whole, rtol=0, atol=1e-6)
 
 
 def test_quantized_full_fine_tuning_is_refused(ingot, project):

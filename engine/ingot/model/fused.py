@@ -37,6 +37,7 @@ LENGTH = 40  # tokens of the trial: more than the windows of `shrunk`
 CLOSE = 1e-4  # largest difference of a trial's outputs, as a share of their size; rounding leaves about 1e-6
 ACTS: tuple[Act, ...] = ("silu", "gelu_tanh", "gelu")
 MODES: tuple[Mode, ...] = ("llama", "gemma")
+EPS = ("variance_epsilon", "eps")  # what families call it
 
 
 @dataclass
@@ -158,11 +159,14 @@ def _twin(owner: Any) -> tuple[Any, str]:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
                 torch.manual_seed(0)
                 config = shrunk(owner.config, narrow=narrow)
+                for part in (config, config.get_text_config()):
+                    part.use_cache = False  # with a cache attention is the model's own, and everything would look right
                 twin = type(owner)._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
                 for parameter in twin.parameters():  # norms start as ones or zeros, and would look alike
                     if parameter.ndim == 1:
                         parameter.add_(torch.randn_like(parameter) * 0.3)
                 _run(twin)
+                _run(twin.train())
         except Exception as error:  # whatever a class of others' raises when it is made small
             failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
             continue
@@ -172,31 +176,36 @@ def _twin(owner: Any) -> tuple[Any, str]:
 
 @torch.no_grad()
 def _run(twin: Any) -> Tensor:
-    """What the small instance gives for two rows of tokens."""
-    generator = torch.Generator().manual_seed(1)
-    size = twin.get_input_embeddings().weight.shape[0]
-    ids_BT = torch.randint(3, size, (2, LENGTH), generator=generator)
+    """What the small instance gives for two rows of tokens, always with the same dropout."""
+    torch.manual_seed(1)
+    ids_BT = torch.randint(3, twin.get_input_embeddings().weight.shape[0], (2, LENGTH))
     inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     if twin.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids_BT
     output: Tensor = twin(**inputs, return_dict=False)[0]
+    if not output.isfinite().all():
+        raise RuntimeError("its outputs are not finite")
     return output
 
 
 def _same(twin: Any, kind: type, function: Callable[..., Any], plans: dict[type, Plan]) -> bool:
     """Whether the small instance gives the same with `function` in all modules of `kind`."""
     modules: list[Any] = [module for module in twin.modules() if type(module) is kind]
-    plain = _run(twin)
-    try:
-        for module in modules:
-            module.forward = partial(function, module)
-        fused = _run(twin)
-    except Exception:  # a forward of another shape; the reason is that it is another one
-        return False
-    finally:
-        for module in modules:
-            vars(module).pop("forward", None)
-    return bool((plain - fused).abs().max() <= CLOSE * plain.abs().max())
+    with torch.random.fork_rng(devices=[]):
+        for training in (False, True):  # a dropout that is left out shows in training only
+            plain = _run(twin.train(training))
+            try:
+                for module in modules:
+                    module.forward = partial(function, module)
+                fused = _run(twin)
+            except Exception:  # a forward of another shape; the reason is that it is another one
+                return False
+            finally:
+                for module in modules:
+                    vars(module).pop("forward", None)
+            if not (plain - fused).abs().max() <= CLOSE * plain.abs().max():
+                return False
+    return True
 
 
 def _candidates(twin: Any, impl: Impl) -> Iterator[tuple[type, list[Plan]]]:
@@ -233,19 +242,20 @@ def _has(module: Any, names: Sequence[str]) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
-def _norm_of(module: Any) -> tuple[Mode, float] | None:
-    """(mode, eps) of a module that normalizes as `rms_norm` does."""
-    eps = next(
-        (e for e in (getattr(module, n, None) for n in ("variance_epsilon", "eps")) if isinstance(e, float)), None
-    )
-    weights = list(module.parameters())
+def _norm_of(module: Any) -> tuple[Mode, str] | None:
+    """(mode, the attribute that holds eps) of a module that normalizes as `rms_norm` does."""
+    eps = next((name for name in EPS if isinstance(getattr(module, name, None), float)), None)
+    weights: list[Tensor] = list(module.parameters())
     if eps is None or len(weights) != 1 or weights[0].ndim != 1 or weights[0] is not getattr(module, "weight", None):
         return None
-    x = 3 * torch.randn(2, 5, weights[0].numel(), generator=torch.Generator().manual_seed(2))
+    x = torch.randn(2, 5, weights[0].numel(), generator=torch.Generator().manual_seed(2))
+    x = torch.cat([3 * x, x * getattr(module, eps) ** 0.5])  # small ones show what eps does
     for mode in MODES:
         with torch.no_grad():
             try:
-                if torch.allclose(module(x), rms_norm_reference(x, module.weight, eps, mode), rtol=1e-4, atol=1e-5):
+                if torch.allclose(
+                    module(x), rms_norm_reference(x, module.weight, getattr(module, eps), mode), rtol=1e-4, atol=1e-5
+                ):
                     return mode, eps
             except Exception:  # takes something else than one tensor
                 return None

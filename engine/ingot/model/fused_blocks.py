@@ -19,8 +19,9 @@ from ingot_kernels.rms_norm import Mode, add_rms_norm, rms_norm
 from ingot_kernels.rope import qk_rope
 
 
-def norm_forward(module: Any, x: Tensor, *, eps: float, mode: Mode, impl: Impl) -> Tensor:
-    return rms_norm(x, module.weight, eps, mode, impl=impl)
+def norm_forward(module: Any, x: Tensor, *, eps: str, mode: Mode, impl: Impl) -> Tensor:
+    """`eps`: its attribute, for not all norms of a class need have the same."""
+    return rms_norm(x, module.weight, getattr(module, eps), mode, impl=impl)
 
 
 def _three(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,11 +29,17 @@ def _three(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
+def _wo(module: Any, h: Tensor) -> Tensor:
+    """T5's last product, in the type of its weight: transformers keeps it in float32 in models of half precision."""
+    output: Tensor = module.wo(module.dropout(h).to(module.wo.weight.dtype))
+    return output
+
+
 GATED: tuple[tuple[tuple[str, ...], tuple[Callable[..., Any], Callable[..., Any]]], ...] = (
     (("gate_proj", "up_proj", "down_proj"), (_three, lambda module, h: module.down_proj(h))),
     (("gate_up_proj", "down_proj"), (lambda m, x: m.gate_up_proj(x).chunk(2, dim=-1), lambda m, h: m.down_proj(h))),
     (("Wi", "Wo", "drop"), (lambda m, x: m.Wi(x).chunk(2, dim=-1), lambda m, h: m.Wo(m.drop(h)))),
-    (("wi_0", "wi_1", "wo", "dropout"), (lambda m, x: (m.wi_0(x), m.wi_1(x)), lambda m, h: m.wo(m.dropout(h)))),
+    (("wi_0", "wi_1", "wo", "dropout"), (lambda m, x: (m.wi_0(x), m.wi_1(x)), _wo)),
 )
 
 
@@ -50,7 +57,7 @@ def attention_forward(
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     *,
-    norm: tuple[Mode, float] | None,
+    norm: tuple[Mode, str] | None,
     interleaved: bool,
     impl: Impl,
     **options: Any,
@@ -69,7 +76,8 @@ def attention_forward(
     projections = _projected(hidden_states, module.q_proj, module.k_proj, module.v_proj)
     q, k, v = (part.unflatten(-1, (-1, module.head_dim)) for part in projections)
     weights = None if norm is None else (module.q_norm.weight, module.k_norm.weight)
-    mode, eps = norm or ("llama", 0.0)
+    mode: Mode = "llama" if norm is None else norm[0]
+    eps = 0.0 if norm is None else getattr(module.q_norm, norm[1])
     q, k = qk_rope(q, k, *position_embeddings, weights, eps, mode, interleaved=interleaved, impl=impl)
     eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
@@ -100,7 +108,7 @@ def _asked_of_attention(module: Any) -> dict[str, Any]:
 
 
 def block_forward(
-    module: Any, hidden_states: Tensor, *args: Any, norm: tuple[Mode, float], impl: Impl, **options: Any
+    module: Any, hidden_states: Tensor, *args: Any, norm: tuple[Mode, str], impl: Impl, **options: Any
 ) -> Tensor:
     """A block that normalizes before attention and before its MLP: the first addition goes into the second norm."""
     if args:  # never by position in transformers 5
@@ -108,7 +116,7 @@ def block_forward(
         return found
     attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **options)
     after = module.post_attention_layernorm
-    normed, total = add_rms_norm(attended, hidden_states, after.weight, norm[1], norm[0], impl=impl)
+    normed, total = add_rms_norm(attended, hidden_states, after.weight, getattr(after, norm[1]), norm[0], impl=impl)
     output: Tensor = total + module.mlp(normed)
     return output
 

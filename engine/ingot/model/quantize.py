@@ -1,24 +1,26 @@
 """A frozen base in few bits: linear layers whose weight is kept quantized and turned back for each product.
 
-The only file that imports bitsandbytes. NF4's numbers are its own (Dettmers et al. 2023); int8 is a scale a row (the
-absmax of Dettmers et al. 2022, for weights only). Its layers are not used: they rewrite their weight when they evaluate
-on a CPU, and keep what FSDP and DDP must see outside of parameters. Here every part is a plain frozen parameter, which
-any strategy may cut, send or leave.
+The only file that imports bitsandbytes, which is faster at NF4 (Dettmers et al. 2023) where it is installed; the same
+bytes come from `ingot_kernels.nf4` where it is not. int8 and fp8 are a scale a row, for weights only. bitsandbytes'
+layers are not used: they rewrite their weight when they evaluate on a CPU, and keep what FSDP and DDP must see outside
+of parameters. Here every part is a plain frozen parameter, which any strategy may cut, send or leave.
 
     N outputs, K inputs, M rows of the activation
 """
 
+import threading
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ingot.errors import MissingPackage
+from ingot.errors import ModelError, RecipeError
 from ingot.recipe import Quantization
+from ingot_kernels import fp8, int8, nf4
 
-NF4_BLOCK = 64  # weights that share a scale
-SCALE_BLOCK = 256  # scales that share a scale of their own
 HEADS = ("classifier", "pre_classifier", "score", "qa_outputs")
+_memory = threading.local()  # what a weight is turned back into, one a device and type, used again by the next layer
 
 
 class QuantizedLinear(nn.Linear):
@@ -30,17 +32,19 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, section: Quantization) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would draw a weight of full size
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.kind, self.dtype = section.kind, linear.weight.dtype
-        for name, part in quantize(linear.weight.detach(), section).items():
+        held = parts_of_checkpoint(linear)
+        weight: Any = linear.weight
+        self.kind, self.dtype = section.kind, weight.dtype if held is None else weight.quant_state.dtype
+        for name, part in (held or quantize(linear.weight.detach(), section)).items():
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
         bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """W [N, K] as the product sees it."""
+    def dequantized(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """W [N, K] as the product sees it; in the memory of `out` where it is given."""
         # By attribute: under ZeRO-3 it is the look-up that gathers a parameter.
         parts = {name: getattr(self, name).detach() for name in self._parameters if name != "bias"}
-        return dequantize(parts, self.kind, (self.out_features, self.in_features), dtype)
+        return dequantize(parts, self.kind, (self.out_features, self.in_features), dtype, out)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -55,18 +59,43 @@ class QuantizedLinear(nn.Linear):
         return output if self.bias is None else output + self.bias.to(dtype)
 
     def product(self, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
-        """x Wᵀ [M, N], added to `out_MN` in place; without the bias."""
-        weight_KN = self.dequantized(x_MK.dtype).t()
+        """x Wᵀ [M, N], added to `out_MN` in place; without the bias. fp8: in float8 where the GPU multiplies it."""
+        if self._in_float8(x_MK):
+            y_MN = fp8.product(x_MK, self.packed.detach(), self.scales.detach())
+            return y_MN if out_MN is None else out_MN.add_(y_MN)
+        weight_KN = self._turned_back(x_MK).t()
         return x_MK @ weight_KN if out_MN is None else out_MN.addmm_(x_MK, weight_KN)
 
     def transposed_product(self, grad_MN: Tensor, out_MK: Tensor | None = None) -> Tensor:
         """grad W [M, K], added to `out_MK` in place."""
-        weight = self.dequantized(grad_MN.dtype)
+        if self._in_float8(grad_MN):
+            turned = memory((self.in_features, self.out_features), torch.uint8, grad_MN.device)
+            dx_MK = fp8.transposed_product(grad_MN, self.packed.detach(), self.scales.detach(), turned)
+            return dx_MK if out_MK is None else out_MK.add_(dx_MK)
+        weight = self._turned_back(grad_MN)
         return grad_MN @ weight if out_MK is None else out_MK.addmm_(grad_MN, weight)
+
+    def _in_float8(self, like: Tensor) -> bool:
+        return self.kind == "fp8" and like.dtype == torch.bfloat16 and fp8.has_products(like) and fp8.fits(self.packed)
+
+    def _turned_back(self, like: Tensor) -> Tensor:
+        """W in the type of `like`, in memory that the next layer's W will take: for a product that is made at once."""
+        shape = (self.out_features, self.in_features)
+        return self.dequantized(like.dtype, memory(shape, like.dtype, like.device))
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with the kind."""
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+
+def memory(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory of `shape`, the same at every call of a thread: nothing may keep what is written to it."""
+    blocks: dict[tuple[torch.device, torch.dtype], Tensor] = _memory.__dict__.setdefault("blocks", {})
+    size, held = shape[0] * shape[1], blocks.get((device, dtype))
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+            held = blocks[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+    return held[:size].view(shape)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -76,67 +105,124 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
         ctx.layer, ctx.dtype, ctx.x_dtype = layer, dtype, x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            return x.to(dtype) @ layer.dequantized(dtype).t()
+            x_MK = x.to(dtype).reshape(-1, x.shape[-1])
+            return layer.product(x_MK).view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         with torch.autocast(grad.device.type, enabled=False):
-            return (grad.to(ctx.dtype) @ ctx.layer.dequantized(ctx.dtype)).to(ctx.x_dtype), None, None
+            grad_MN = grad.to(ctx.dtype).reshape(-1, grad.shape[-1])
+            dx_MK = ctx.layer.transposed_product(grad_MN).to(ctx.x_dtype)
+            return dx_MK.view(*grad.shape[:-1], ctx.layer.in_features), None, None
 
 
 def quantize(weight: Tensor, section: Quantization) -> dict[str, Tensor]:
     """W [N, K] -> its parts by name.
 
     nf4: `packed` uint8 [N·K/2, 1] and, of each block of 64, `scales` float32; with `double` these are uint8 with
-    `scale_scales` float32 of each 256 and `scale_offset` float32 [1]. int8: `packed` int8 [N, K], `scales` float32 [N].
+    `scale_scales` float32 of each 256 and `scale_offset` float32 [1]. int8: `packed` int8 [N, K], fp8: uint8 [N, K],
+    the bytes of float8; both `scales` float32 [N].
     """
-    if section.kind == "int8":
-        whole = weight.float()
-        scales = whole.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
-        return {"packed": (whole * (127.0 / scales).unsqueeze(1)).round().to(torch.int8), "scales": scales}
-    packed, state = _bitsandbytes().quantize_4bit(
-        weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=section.double
-    )
-    if not section.double:
-        return {"packed": packed, "scales": state.absmax}
-    return {
-        "packed": packed,
-        "scales": state.absmax,
-        "scale_scales": state.state2.absmax,
-        "scale_offset": state.offset.reshape(1),
-    }
-
-
-def dequantize(parts: dict[str, Tensor], kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The parts of `quantize` -> W [N, K] in `dtype`."""
-    packed, scales = parts["packed"], parts["scales"]
-    if kind == "int8":
-        return (packed.to(torch.float32) * (scales / 127.0).unsqueeze(1)).to(dtype)
+    if section.kind in ("int8", "fp8"):
+        packed, scales = (int8 if section.kind == "int8" else fp8).quantize(weight)
+        return {"packed": packed, "scales": scales}
     functional = _bitsandbytes()
-    if "scale_scales" in parts:
-        code = functional.create_dynamic_map().to(packed.device)
-        scales = functional.dequantize_blockwise(
-            scales, absmax=parts["scale_scales"], code=code, blocksize=SCALE_BLOCK
-        ).float()
-        scales = scales + parts["scale_offset"]
-    state = functional.QuantState(
-        absmax=scales, shape=torch.Size(shape), dtype=dtype, blocksize=NF4_BLOCK, quant_type="nf4"
+    if functional is None:
+        return _named(*nf4.quantize(weight, section.double))
+    packed, state = functional.quantize_4bit(
+        weight.contiguous(), blocksize=nf4.BLOCK, quant_type="nf4", compress_statistics=section.double
     )
-    return functional.dequantize_4bit(packed, state).view(shape)
+    return _of_state(packed, state)
+
+
+def _named(
+    packed: Tensor, scales: Tensor, scale_scales: Tensor | None = None, offset: Tensor | None = None
+) -> dict[str, Tensor]:
+    parts = {"packed": packed, "scales": scales, "scale_scales": scale_scales, "scale_offset": offset}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _of_state(packed: Tensor, state: Any) -> dict[str, Tensor]:
+    """What bitsandbytes keeps beside the packed weights, by our names."""
+    if not state.nested:
+        return _named(packed, state.absmax)
+    return _named(packed, state.absmax, state.state2.absmax, state.offset.reshape(1))
+
+
+def parts_of_checkpoint(linear: nn.Linear) -> dict[str, Tensor] | None:
+    """The parts of a layer that came from a 4-bit checkpoint of bitsandbytes; None for any other."""
+    state: Any = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        return None
+    if state.quant_type != "nf4" or state.blocksize != nf4.BLOCK:
+        raise ModelError(
+            "model.source",
+            f"{state.quant_type}, blocks of {state.blocksize}",
+            f"only nf4 in blocks of {nf4.BLOCK} is read of 4-bit checkpoints; use the weights in full size",
+        )
+    return _of_state(linear.weight.detach(), state)
+
+
+def dequantize(
+    parts: dict[str, Tensor], kind: str, shape: tuple[int, int], dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The parts of `quantize` -> W [N, K] in `dtype`, in the memory of `out` where that can be."""
+    packed, scales = parts["packed"], parts["scales"]
+    if kind in ("int8", "fp8"):
+        return (int8 if kind == "int8" else fp8).dequantize(packed, scales, dtype, out)
+    nested, offset = parts.get("scale_scales"), parts.get("scale_offset")
+    functional = None if packed.is_cuda else _bitsandbytes()
+    if functional is None:
+        return nf4.dequantize(packed, scales, nested, offset, shape, dtype, out)
+    # On a CPU bitsandbytes takes a fifth of the time: 0.25 ms for 3 M weights in float32, ours 1.24 (2 Zen 4 cores).
+    if nested is not None and offset is not None:
+        code = functional.create_dynamic_map().to(packed.device)
+        scales = functional.dequantize_blockwise(scales, absmax=nested, code=code, blocksize=nf4.SCALE_BLOCK).float()
+        scales = scales + offset
+    state = functional.QuantState(
+        absmax=scales, shape=torch.Size(shape), dtype=dtype, blocksize=nf4.BLOCK, quant_type="nf4"
+    )
+    return functional.dequantize_4bit(packed, state).view(shape)  # takes no `out` on a CPU
 
 
 def quantized(model: nn.Module, section: Quantization) -> nn.Module:
     """`model` with its linear layers quantized in place, all but the output head and a classifier; returns it."""
+    check_checkpoint(model, section)
     for name, parent, linear in _linears(model):
         setattr(parent, name, QuantizedLinear(linear, section))
     return model
 
 
+def check_checkpoint(model: nn.Module, section: Quantization) -> None:
+    """Raise RecipeError for a 4-bit checkpoint that the recipe wants in another form; make one that it takes forget
+    who has quantized it, so that it can be moved and saved as any model.
+    """
+    held: Any = model
+    if not any(getattr(m.weight, "quant_state", None) is not None for m in model.modules() if isinstance(m, nn.Linear)):
+        return
+    if section.kind != "nf4":
+        raise RecipeError("quantization.kind", section.kind, "model.source holds weights in nf4; use nf4")
+    del held.config.quantization_config
+    held.hf_quantizer, held.is_loaded_in_4bit, held.quantization_method = None, False, None
+    # How 4-bit weights were read; transformers 5.23 would have to undo it when it saves, and cannot.
+    read = [part for part in held._weight_conversions or () if not _reads_four_bits(part)]
+    held._weight_conversions = read or None
+
+
+def _reads_four_bits(conversion: Any) -> bool:
+    return any("4bit" in type(operation).__name__ for operation in getattr(conversion, "operations", ()))
+
+
 def rounded(model: nn.Module, section: Quantization) -> nn.Module:
     """`model` with the weights that its quantized form computes with, in full size: what an adapter learned over."""
+    check_checkpoint(model, section)
     with torch.no_grad():
-        for _, _, linear in _linears(model):
+        for name, parent, linear in _linears(model):
+            held = parts_of_checkpoint(linear)
+            if held is not None:
+                setattr(parent, name, _plain(linear, held))
+                continue
             weight = linear.weight
             parts = quantize(weight.detach(), section)
             weight.copy_(dequantize(parts, section.kind, (weight.shape[0], weight.shape[1]), weight.dtype))
@@ -157,9 +243,21 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Module, nn.Linear]]:
     ]
 
 
+def _plain(linear: nn.Linear, parts: dict[str, Tensor]) -> nn.Linear:
+    """A layer of a 4-bit checkpoint in full size."""
+    weight: Any = linear.weight
+    with torch.device("meta"):
+        plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    shape = (linear.out_features, linear.in_features)
+    plain.weight = nn.Parameter(dequantize(parts, "nf4", shape, weight.quant_state.dtype))
+    plain.register_parameter("bias", linear.bias)
+    return plain
+
+
 def _bitsandbytes() -> Any:
-    try:
-        from bitsandbytes import functional
-    except ImportError as error:
-        raise MissingPackage("bitsandbytes", "quantization.kind") from error
+    """Its functions, or None where it is not installed."""
+    if find_spec("bitsandbytes") is None:
+        return None
+    from bitsandbytes import functional
+
     return functional

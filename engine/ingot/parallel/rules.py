@@ -198,10 +198,8 @@ def check(recipe: Recipe, ranks: Ranks) -> None:
     """Raise RecipeError for a combination that cannot work, with reason and way out; MissingPackage for one that
     needs a package that is not there.
     """
-    needed = {"deepspeed": recipe.parallel.strategy in ZERO, "bitsandbytes": recipe.quantization.kind == "nf4"}
-    for package, purpose in (("deepspeed", "parallel.strategy"), ("bitsandbytes", "quantization.kind")):
-        if needed[package] and find_spec(package) is None:
-            raise MissingPackage(package, purpose)
+    if recipe.parallel.strategy in ZERO and find_spec("deepspeed") is None:
+        raise MissingPackage("deepspeed", "parallel.strategy")
     rule = broken(cell_of(recipe, ranks))
     if rule is None:
         return

@@ -11,8 +11,13 @@ from ingot.model.load import parameter_counts
 from ingot.model.quantize import QuantizedLinear, quantized, rounded
 from ingot.recipe import Adapter, Quantization
 
-KINDS = [Quantization(kind="nf4"), Quantization(kind="nf4", double=False), Quantization(kind="int8")]
-IDS = ["nf4 double", "nf4", "int8"]
+KINDS = [
+    Quantization(kind="nf4"),
+    Quantization(kind="nf4", double=False),
+    Quantization(kind="int8"),
+    Quantization(kind="fp8"),
+]
+IDS = ["nf4 double", "nf4", "int8", "fp8"]
 kinds = pytest.mark.parametrize("section", KINDS, ids=IDS)
 
 

@@ -135,17 +135,11 @@ def test_allowed_cells_pass_and_are_many() -> None:
     assert {cell.strategy for cell in cells(quantization="nf4", context=2)} >= {"ddp", "fsdp"}
 
 
-@pytest.mark.parametrize(
-    ("package", "sections"),
-    [
-        ("deepspeed", {"parallel": {"strategy": "zero2"}}),
-        ("bitsandbytes", {"quantization": {"kind": "nf4"}}),
-    ],
-)
-def test_a_package_that_is_not_there_is_named(package, sections, monkeypatch) -> None:
+def test_a_package_that_is_not_there_is_named(monkeypatch) -> None:
+    sections = {"parallel": {"strategy": "zero2"}}
     check(recipe(**sections), ranks(2))
     monkeypatch.setattr(rules, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackage, match=f"pip install {package}"):
+    with pytest.raises(MissingPackage, match="pip install deepspeed"):
         check(recipe(**sections), ranks(2))
 
 
