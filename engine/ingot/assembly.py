@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ingot.errors import ModelError
 from ingot.model import adapters, fused
 from ingot.model.export import export_model, probes
-from ingot.model.load import load_model, parameter_counts, read_whole, resolve_dtype
+from ingot.model.load import is_quantized, load_model, parameter_counts, read_whole, resolve_dtype
 from ingot.model.materialize import ShardReader
 from ingot.model.matrices import matrices
-from ingot.model.quantize import check_checkpoint, quantized, rounded
+from ingot.model.quantize import quantized, rounded
 from ingot.parallel import fsdp
 from ingot.parallel.recompute import apply_activations
 from ingot.parallel.sharded import MODEL, OPTIMIZER
@@ -71,9 +71,7 @@ def build(
         seed=recipe.train.seed,
         read=reader or read_whole,
     )
-    if recipe.quantization.kind == "none":
-        check_checkpoint(model, recipe.quantization)
-    else:
+    if recipe.quantization.kind != "none":
         _note_unquantized(model, recipe, progress)
         model = (quantized if cut else rounded)(model, recipe.quantization)
     tied = adapters.tied_head(model)
@@ -194,7 +192,7 @@ def export(
         "base_model": recipe.model.source,
     }
     export_model(model, prepared.tokenizer, run.model, dtype, described)
-    if recipe.quantization.kind != "none":
+    if recipe.quantization.kind != "none" and not is_quantized(recipe.model, run.home):
         model.to("meta")  # what is exported gives its memory to the other base
         labels = prepared.facts.labels
         facts["merge_difference_full_base"] = over_full_base(recipe, run.home, labels, run.adapter, probed, tuned)

@@ -41,11 +41,12 @@ def test_a_checkpoint_in_four_bits_is_trained_over_as_it_is(ingot, project, tmp_
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "four")
     model = project.values["model"] | {"source": str(tmp_path / "four")}
     done = ingot("finetune", project.write(model=model))
-    assert done.code == 2 and "quantization.kind = 'none': model.source holds weights in nf4; use nf4" in done.err
-    done = ingot("run", project.write(model=model, quantization={"kind": "nf4"}))
+    assert done.code == 2 and "quantization.kind = 'none'" in done.err and "use nf4" in done.err and not project.runs
+    # bitsandbytes answers on a CPU only where inputs are a multiple of 64, so the base itself is not measured
+    done = ingot("run", project.write(model=model, quantization={"kind": "nf4"}, evaluate={"base": False}))
     assert done.code == 0, done.err
     facts = json.loads((project.run / "run.json").read_text())["stages"]["finetune"]
-    assert facts["merge_difference"] < 1e-4 and facts["merge_difference_full_base"] < 1e-4  # there is no other base
+    assert facts["merge_difference"] < 1e-4 and "merge_difference_full_base" not in facts  # there is no other base
     merged = AutoModelForCausalLM.from_pretrained(project.run / "model")
     adapter = load_file(project.run / "adapter" / "adapter_model.safetensors")
     layer = "model.layers.0.mlp.up_proj"

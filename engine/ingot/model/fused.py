@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -79,7 +80,7 @@ def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None) -> R
         return report
     wanted = OPS if section.ops == "auto" else tuple(section.ops)
     owner = _owner(model)
-    plans = _plans(owner, wanted, section.impl, report) if owner is not None else {}
+    plans = _plans(owner, wanted, report) if owner is not None else {}
     if owner is None:
         report.leave("rms_norm", "not a model of transformers")
     for name, module in model.named_modules():
@@ -90,7 +91,7 @@ def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None) -> R
         if hooked and function.func in (attention_forward, block_forward):
             report.leave(op, f"{hooked} puts hooks on its parts", [name])
             continue
-        module.forward = partial(function, module)
+        module.forward = partial(function, module, impl=section.impl)
         report.replaced[op].append(name)
     if "linear_cross_entropy" in wanted:
         count, why = head.attach(model, section.impl)
@@ -132,7 +133,7 @@ def _owner(model: nn.Module) -> Any:
 Plan = tuple[str, partial[Any]]  # an operation, and a forward that takes the module first
 
 
-def _plans(owner: Any, wanted: Sequence[str], impl: Impl, report: Report) -> dict[type, Plan]:
+def _plans(owner: Any, wanted: Sequence[str], report: Report) -> dict[type, Plan]:
     """Class of a module -> what to do with it."""
     twin, why = _twin(owner)
     if twin is None:
@@ -142,7 +143,7 @@ def _plans(owner: Any, wanted: Sequence[str], impl: Impl, report: Report) -> dic
     plans: dict[type, Plan] = {}
     plain = {training: _run(twin, training=training) for training in (False, True)}
     names = {type(module): name for name, module in reversed(list(twin.named_modules()))}
-    for kind, candidates in _candidates(twin, impl):
+    for kind, candidates in _candidates(twin):
         tried = [(op, function) for op, function in candidates if op in wanted]
         found = _best(twin, kind, tried, plain)
         if found is not None:
@@ -212,7 +213,7 @@ def _error(twin: Any, kind: type, function: Callable[..., Any], plain: Tensor, *
     modules: list[Any] = [module for module in twin.modules() if type(module) is kind]
     try:
         for module in modules:
-            module.forward = partial(function, module)
+            module.forward = partial(function, module, impl="torch")  # on the CPU, whatever the model runs on
         fused = _run(twin, training=training)
     except Exception:  # a forward of another shape; the reason is that it is another one
         return float("inf")
@@ -222,19 +223,19 @@ def _error(twin: Any, kind: type, function: Callable[..., Any], plain: Tensor, *
     return float((plain - fused).abs().max() / plain.abs().max())
 
 
-def _candidates(twin: Any, impl: Impl) -> Iterator[tuple[type, list[Plan]]]:
+def _candidates(twin: Any) -> Iterator[tuple[type, list[Plan]]]:
     """Classes that look like something known, innermost first, each with the forwards to try."""
     kinds = {type(module): module for module in twin.modules()}
     norms = {kind: _norm_of(module) for kind, module in kinds.items()}
     for kind, given in norms.items():
         if given is not None:
             mode, eps = given
-            yield kind, [("rms_norm", partial(norm_forward, eps=eps, mode=mode, impl=impl))]
+            yield kind, [("rms_norm", partial(norm_forward, eps=eps, mode=mode))]
     for kind, module in kinds.items():
         forms = [form for names, form in GATED if _has(module, names)]
         if forms:
             acts = [(form, act) for form in forms for act in ACTS]
-            yield kind, [("gated", partial(gated_forward, form=form, act=act, impl=impl)) for form, act in acts]
+            yield kind, [("gated", partial(gated_forward, form=form, act=act)) for form, act in acts]
         elif _has(module, ("q_proj", "k_proj", "v_proj", "o_proj")) and hasattr(module, "head_dim"):
             given = norms.get(type(getattr(module, "q_norm", None)))
             if given is None and _has(module, ("q_norm",)):
@@ -242,14 +243,14 @@ def _candidates(twin: Any, impl: Impl) -> Iterator[tuple[type, list[Plan]]]:
             yield (
                 kind,
                 [
-                    ("rope", partial(attention_forward, norm=given, interleaved=interleaved, impl=impl))
+                    ("rope", partial(attention_forward, norm=given, interleaved=interleaved))
                     for interleaved in (False, True)
                 ],
             )
         elif _has(module, ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")):
             given = norms.get(type(module.post_attention_layernorm))
             if given is not None:
-                yield kind, [("rms_norm", partial(block_forward, norm=given, impl=impl))]
+                yield kind, [("rms_norm", partial(block_forward, norm=given))]
 
 
 def _has(module: Any, names: Sequence[str]) -> bool:
@@ -281,7 +282,7 @@ def _norm_of(module: Any) -> tuple[Mode, str] | None:
 
 def _replace_adapters(model: nn.Module, impl: Impl, hooked: str | None, report: Report) -> None:
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLinear) or "forward" in vars(module):  # the head may have its own
+        if not isinstance(module, LoraLayer) or "forward" in vars(module):  # the head may have its own
             continue
         why = f"{hooked} puts hooks on its parts" if hooked else _unfit(module)
         if why is not None:
@@ -294,6 +295,8 @@ def _replace_adapters(model: nn.Module, impl: Impl, hooked: str | None, report: 
 def _unfit(layer: Any) -> str | None:
     """Why a layer with adapters is left to peft."""
     base = layer.get_base_layer()
+    if not isinstance(layer, LoraLinear):
+        return f"adapters over a {type(base).__name__}"
     if type(base) is not nn.Linear and not isinstance(base, QuantizedLinear):
         return f"its base is a {type(base).__name__}"
     if any(parameter.requires_grad for parameter in base.parameters()):

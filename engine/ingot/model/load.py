@@ -107,6 +107,12 @@ def context_length(model: Model, folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
 
 
+def is_quantized(model: Model, folder: Path) -> bool:
+    """Whether the weights of `model.source` lie there in few bits, so that there are none in full size."""
+    config = json.loads((model_folder(model, folder, weights=False) / "config.json").read_text(encoding="utf-8"))
+    return "quantization_config" in config
+
+
 def read_whole(kind: Any, path: Path, **options: Any) -> nn.Module:
     """The model in a folder, all of it on this rank."""
     model: nn.Module = kind.from_pretrained(path, **options)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ingot.errors import ModelError, RecipeError
+from ingot.errors import ModelError
 from ingot.recipe import Quantization
 from ingot_kernels import fp8, int8, nf4
 
@@ -188,21 +188,17 @@ def dequantize(
 
 def quantized(model: nn.Module, section: Quantization) -> nn.Module:
     """`model` with its linear layers quantized in place, all but the output head and a classifier; returns it."""
-    check_checkpoint(model, section)
+    _own(model)
     for name, parent, linear in _linears(model):
         setattr(parent, name, QuantizedLinear(linear, section))
     return model
 
 
-def check_checkpoint(model: nn.Module, section: Quantization) -> None:
-    """Raise RecipeError for a 4-bit checkpoint that the recipe wants in another form; make one that it takes forget
-    who has quantized it, so that it can be moved and saved as any model.
-    """
+def _own(model: nn.Module) -> None:
+    """Make a 4-bit checkpoint of bitsandbytes forget who quantized it, so that it is moved and saved as any model."""
     held: Any = model
     if not any(getattr(m.weight, "quant_state", None) is not None for m in model.modules() if isinstance(m, nn.Linear)):
         return
-    if section.kind != "nf4":
-        raise RecipeError("quantization.kind", section.kind, "model.source holds weights in nf4; use nf4")
     del held.config.quantization_config
     held.hf_quantizer, held.is_loaded_in_4bit, held.quantization_method = None, False, None
     # How 4-bit weights were read; transformers 5.23 would have to undo it when it saves, and cannot.
@@ -216,7 +212,7 @@ def _reads_four_bits(conversion: Any) -> bool:
 
 def rounded(model: nn.Module, section: Quantization) -> nn.Module:
     """`model` with the weights that its quantized form computes with, in full size: what an adapter learned over."""
-    check_checkpoint(model, section)
+    _own(model)
     with torch.no_grad():
         for name, parent, linear in _linears(model):
             held = parts_of_checkpoint(linear)

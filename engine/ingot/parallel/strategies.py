@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ingot.model.load import load_model
+from ingot.errors import RecipeError
+from ingot.model.load import is_quantized, load_model
 from ingot.model.split import planned
 from ingot.parallel import context, tensor
 from ingot.parallel.layout import Layout
@@ -32,11 +33,15 @@ STRATEGIES = {
 
 
 def check_model(recipe: Recipe, home: Path) -> None:
-    """Raise RecipeError where the model's own shape does not allow the sharing that `recipe.parallel` asks for.
+    """Raise RecipeError where the model's own shape does not allow the sharing that `recipe.parallel` asks for, or its
+    weights lie there in another form than `quantization.kind`.
 
     Only its configuration is read.
     """
     section = recipe.parallel
+    if is_quantized(recipe.model, home) and recipe.quantization.kind != "nf4":
+        kind = recipe.quantization.kind
+        raise RecipeError("quantization.kind", kind, f"{recipe.model.source} holds weights in few bits; use nf4")
     if section.context * section.tensor == 1:
         return
     with torch.device("meta"):
