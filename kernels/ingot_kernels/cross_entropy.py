@@ -67,7 +67,7 @@ def _block_(z_BV: Tensor, targets_B: Tensor, form: Form, weights_B: Tensor | Non
     """`cross_entropy_` of a float32 block, overwritten by each step."""
     slope_BV = _cap_(z_BV, form, gradient)
     at_B1, mine_B1 = _places(targets_B, z_BV.shape[1], form)
-    true_B = z_BV.gather(1, at_B1).mul_(mine_B1)[:, 0]
+    true_B = z_BV.gather(1, at_B1).masked_fill_(~mine_B1, 0.0)[:, 0]
     sum_B = z_BV.sum(1) if form.label_smoothing else torch.zeros_like(true_B)
     peak_B = z_BV.amax(1)
     # One fused kernel: torch.logsumexp takes twice its time. The largest probability gives lse; it is at least 1 / V.
