@@ -14,10 +14,10 @@ INSTALLED := $(VENV)/.installed
 # Extra arguments: make test ARGS="-k recipe", make quickstart ARGS="--summary out.json"
 ARGS ?=
 
-.PHONY: help install quickstart test test-slow test-gpu lint format docs clean
+.PHONY: help install quickstart test test-slow test-gpu bench bench-train-cpu bench-gpu lint format docs clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Create .venv with pinned versions of everything (a few minutes, once).
 
@@ -43,6 +43,15 @@ test-slow: install ## Run the long tests: training on real data.
 
 test-gpu: install ## Run the tests that need a CUDA device.
 	@$(BIN)/python -m pytest -m gpu -q $(ARGS)
+
+bench: bench-train-cpu ## Run every benchmark of this machine's CPU (hours; results in benchmarks/results/).
+	@for part in banking77 packing data_path sharded_loading lora_variants; do $(BIN)/python benchmarks/$$part.py; done
+
+bench-train-cpu: install ## Time training beside TRL, Trainer and a plain loop. OUT=file.json
+	@$(BIN)/python benchmarks/train_cpu.py --minutes 25 $(if $(OUT),--out $(OUT)) $(ARGS)
+
+bench-gpu: install ## Check and time the kernels on a CUDA device. OUT=file.json
+	@$(BIN)/python benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 lint: install ## Check style and types, change nothing.
 	@$(BIN)/ruff check .

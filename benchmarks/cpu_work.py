@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 RANK, ALPHA = 16, 32.0
 VOCABULARY = 32_000
-HELD_OUT = 64
+HELD_OUT = 32
 
 
 class Row(NamedTuple):
