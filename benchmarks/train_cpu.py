@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_work import prepare
+from cpu_work import encode, prepare
 from harness import gemm_peak, machine, run_alone, summary
+from transformers import AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("ingot", "trl", "trl_packed", "trainer", "plain")
@@ -145,11 +146,20 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def tokens_of_step(work: Path, name: str, rows: int) -> int:
+    """Budget under which a step gets about `rows` rows. It ends before the row that would not fit, so on average half a
+    row short: that half is added.
+    """
+    found = encode(work / f"{name}-train.jsonl", AutoTokenizer.from_pretrained(work / "model"))
+    return round(sum(len(row.ids) for row in found) / len(found) * (rows + 0.5))
+
+
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Every contender of every cell, in turn; the report. Raises Refused."""
     hidden, layers, rows = (64, 2, {"e2e": 8, "mixed": 4}) if args.quick else (512, 8, ROWS)
     counts = {name: rows[name] * (6 if args.quick else STEPS[name]) for name in rows}
     prepare(work, counts, hidden, layers)
+    tokens = {name: tokens_of_step(work, name, rows[name]) for name in args.data}
     torch.set_num_threads(THREADS)
     peaks = {name: gemm_peak(getattr(torch, name)) for name in args.precisions}
     cells = list(product(args.data, args.methods, args.precisions))
@@ -164,7 +174,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         data, method, precision = key
         own = Path(tempfile.mkdtemp(dir=work))
         spec = {"contender": contender, "data": data, "method": method, "precision": precision, "rows": rows[data]}
-        spec |= {"folder": str(work), "work": str(own), "tokens": 1024 if args.quick else 2048, "threads": THREADS}
+        spec |= {"folder": str(work), "work": str(own), "tokens": tokens[data], "threads": THREADS}
         spec |= {"plant": args.plant if contender == "ingot" else 0.0}
         found = run_alone(HERE / "cpu_contenders.py", spec, own / "result.json", THREADS)
         check_first(contender, precision, found["first"])
@@ -182,6 +192,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             sizes = (per_layer * layers, 32_000 * hidden)
             numbers["peak_share"] = peak_share(speed["all"], method, *sizes, share, peaks[precision])
     report["settings"] = {
+        "tokens_per_step": tokens,
         "rows_per_step": rows,
         "rows": counts,
         "hidden": hidden,
