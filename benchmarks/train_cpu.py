@@ -156,7 +156,7 @@ def tokens_of_step(work: Path, name: str, rows: int) -> int:
 
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Every contender of every cell, in turn; the report. Raises Refused."""
-    hidden, layers, rows = (64, 2, {"e2e": 8, "mixed": 4}) if args.quick else (512, 8, ROWS)
+    hidden, layers, rows = (64, 2, {"e2e": 16, "mixed": 4}) if args.quick else (512, 8, ROWS)
     counts = {name: rows[name] * (6 if args.quick else STEPS[name]) for name in rows}
     prepare(work, counts, hidden, layers)
     tokens = {name: tokens_of_step(work, name, rows[name]) for name in args.data}
