@@ -1,6 +1,7 @@
 """Fused operations in models of many families: as many places as stated, and nothing computed differently."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -8,12 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ingot.model import fused
+from ingot.errors import RecipeError
+from ingot.model import fused, fused_blocks
 from ingot.model.adapters import attach_adapter
 from ingot.model.attention import implementation
 from ingot.model.documents import Documents
+from ingot.model.head import asked, fused_head
 from ingot.model.load import KINDS, logits_of
-from ingot.recipe import Adapter, Kernels
+from ingot.model.quantize import QuantizedLinear, quantized
+from ingot.parallel.recompute import apply_activations
+from ingot.recipe import Adapter, Kernels, Quantization, Train
+from ingot_kernels.linear_cross_entropy import linear_cross_entropy
 
 # B rows, T tokens, V vocabulary
 
@@ -175,3 +181,311 @@ def test_equals_the_untouched_model(family: str, lora: bool) -> None:
                 implementation("eager")
             )
         check(plain, applied, line_of(plain))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_loss_is_made_in_the_head(family: str) -> None:
+    plain, applied = pair(family)
+    inputs = batch_of(plain)
+    targets_N = torch.randint(3, WORDS, (26,), generator=torch.Generator().manual_seed(7))
+    loss = nn.functional.cross_entropy(plain(**inputs, use_cache=False).logits.flatten(0, 1), targets_N)
+    loss.backward()
+    fused_one = fused_head(applied)
+    assert fused_one is not None
+    with asked(fused_one, lambda hidden, head: linear_cross_entropy(hidden, head, targets_N)) as question:
+        output = applied(**inputs, use_cache=False)
+    found = question.answer(output) / len(targets_N)
+    found.backward()
+    assert found.item() == pytest.approx(loss.item(), rel=CLOSE)
+    for (name, one), other in zip(plain.named_parameters(), applied.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            assert (one.grad - other.grad).abs().max() <= CLOSE * one.grad.abs().max(), name
+
+
+def stand_ins(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize(
+    ("family", "op", "reason"),
+    [
+        ("llama", "lora_linear", "LlamaForCausalLM has no place for it: nothing in it computes that"),
+        ("bert", "rope", "BertForMaskedLM has no place for it"),
+        ("olmo2", "rope", "Olmo2Attention computes something else"),
+    ],
+)
+def test_a_named_operation_without_a_place_is_an_error(family: str, op: Any, reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason) as caught:
+        fused.apply(base_of(family), Kernels(ops=[op]))
+    assert (caught.value.field, caught.value.value) == ("kernels.ops", op)
+
+
+def test_only_what_is_named_is_replaced() -> None:
+    model = base_of("llama")
+    report = fused.apply(model, Kernels(ops=["gated"]))
+    assert stand_ins(model) == ["model.layers.0.mlp", "model.layers.1.mlp"] == report.replaced["gated"]
+    assert sum(len(names) for names in report.replaced.values()) == 2
+
+
+def test_none_replaces_nothing() -> None:
+    model = with_adapter(base_of("llama"), "llama")
+    report = fused.apply(model, Kernels(ops="none"))
+    assert stand_ins(model) == [] == report.lines()
+
+
+def test_is_undone() -> None:
+    plain, applied = pair("qwen3")
+    assert stand_ins(applied)
+    fused.restore(applied)
+    assert stand_ins(applied) == []
+    inputs = batch_of(plain)
+    assert torch.equal(step(plain, inputs)[0], step(applied, inputs)[0])
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    plain, applied = pair()
+    copied = copy.deepcopy(applied)
+    assert stand_ins(copied) == stand_ins(applied)
+    with torch.no_grad():
+        for parameter in applied.parameters():
+            parameter.zero_()
+    check(plain, copied, batch_of(plain))
+
+
+def test_writes_with_a_cache() -> None:
+    plain, applied = (model.eval() for model in pair("mistral"))
+    inputs = {"input_ids": batch_of(plain)["input_ids"], "attention_mask": torch.ones(2, 13, dtype=torch.long)}
+    options = {"max_new_tokens": 8, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    one, other = (model.generate(**inputs, **options) for model in (plain, applied))
+    assert torch.equal(one.sequences, other.sequences)
+    torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "t5_gated"])
+def test_evaluates_without_gradients(family: str) -> None:
+    plain, applied = (model.eval() for model in pair(family))
+    inputs = batch_of(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(applied, inputs), logits(plain, inputs), rtol=0, atol=CLOSE)
+
+
+def test_an_adapter_that_is_switched_off_has_no_part() -> None:
+    plain, applied = pair(dropout=0.5)
+    inputs = batch_of(plain)
+    base = logits(base_of("llama"), inputs)
+    with torch.no_grad():
+        with applied.disable_adapter():
+            torch.testing.assert_close(logits(applied, inputs), base, rtol=0, atol=CLOSE)
+        assert (logits(applied.eval(), inputs) - base).abs().max() > 0.01
+    check(plain.eval(), applied, inputs)
+
+
+def test_several_adapters() -> None:
+    plain, _ = pair(targets=["q_proj", "down_proj"])
+    plain.add_adapter("other", copy.deepcopy(plain.peft_config["default"]))
+    plain.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_B.other" in name:
+                parameter.normal_(std=0.1)
+    applied = copy.deepcopy(plain)
+    assert len(fused.apply(applied, Kernels()).replaced["lora_linear"]) == 4
+    check(plain, applied, batch_of(plain))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["reentrant", "full", "selective"])
+def test_is_recomputed(kind: Any, lora: bool, family: str) -> None:
+    plain, applied = pair(family, lora=lora)
+    if kind == "reentrant":
+        if lora:  # or nothing in a block would need a gradient
+            applied.enable_input_require_grads()
+        inner = applied.get_base_model() if lora else applied
+        inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    else:
+        apply_activations(applied, Train(activation_checkpointing=kind), torch.device("cpu"))
+    check(plain, applied, batch_of(plain))
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_recomputation_drops_the_same(kind: Any) -> None:
+    _, applied = pair(dropout=0.3)
+    again = copy.deepcopy(applied)
+    apply_activations(again, Train(activation_checkpointing=kind), torch.device("cpu"))
+    check(applied, again, batch_of(applied))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_under_autocast_is_close(family: str, lora: bool) -> None:
+    plain, applied = pair(family, lora=lora)
+    inputs = batch_of(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        (expected, gradients), (found, others) = step(plain, inputs), step(applied, inputs)
+    assert (found - expected).norm() <= 2e-2 * expected.norm()
+    assert gradients.keys() == others.keys()
+    largest = max(float(gradient.norm()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert others[name].dtype == gradient.dtype
+        assert (others[name] - gradient).norm() <= 2e-2 * max(float(gradient.norm()), 0.1 * largest), name
+
+
+def test_inputs_are_dropped_in_training_only() -> None:
+    plain, applied = pair(dropout=0.5)
+    inputs = batch_of(plain)
+    first, gradients = step(applied, inputs, seed=1)
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    assert len(gradients) == 28
+    assert not torch.equal(first, step(applied, inputs, seed=2)[0])
+    check(plain.eval(), applied.eval(), inputs)
+
+
+def test_dora() -> None:
+    plain, applied = pair(dora=True)
+    assert len([name for name in stand_ins(applied) if name.endswith("q_proj")]) == 2
+    check(plain, applied, batch_of(plain))
+
+
+def test_dora_that_drops_inputs_is_left() -> None:
+    model = with_adapter(base_of("llama"), "llama", dora=True, dropout=0.1)
+    report = fused.apply(model, Kernels())
+    assert {why: len(names) for why, names in report.left["lora_linear"].items()} == {"dora with dropout": 14}
+
+
+@pytest.mark.parametrize("section", [Quantization(kind="nf4"), Quantization(kind="int8")], ids=["nf4", "int8"])
+def test_over_a_quantized_base(section: Quantization) -> None:
+    plain = with_adapter(quantized(base_of("llama"), section), "llama")
+    applied = copy.deepcopy(plain)
+    report = fused.apply(applied, Kernels())
+    assert len(report.replaced["lora_linear"]) == 14 == sum(isinstance(m, QuantizedLinear) for m in plain.modules())
+    check(plain, applied, batch_of(plain))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_triton_computes_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ingot_kernels import gated, rms_norm, rope
+
+    called = set()
+    for module, name in ((gated, "_launch"), (rms_norm, "_launch_forward"), (rope, "_launch")):
+
+        def spied(*args: Any, launch: Any = getattr(module, name), module: Any = module, **named: Any) -> Any:
+            called.add(module.__name__)
+            return launch(*args, **named)
+
+        monkeypatch.setattr(module, name, spied)
+    plain, applied = pair(family, impl="triton")
+    check(plain, applied, {name: tensor[:, :5] for name, tensor in batch_of(plain).items()})
+    assert len(called) == 3
+
+
+def scaled(function: Any, factor: float) -> Any:
+    """`function` with results that are `factor` times as large."""
+
+    def wrong(*args: Any, **named: Any) -> Any:
+        found = function(*args, **named)
+        return found * factor if isinstance(found, Tensor) else tuple(part * factor for part in found)
+
+    return wrong
+
+
+def steeper(function: Any, factor: float) -> Any:
+    """`function` with right results, and gradients that are `factor` times as large."""
+
+    def turned(part: Tensor) -> Tensor:
+        return part * factor - part.detach() * (factor - 1)
+
+    def wrong(*args: Any, **named: Any) -> Any:
+        found = function(*args, **named)
+        return turned(found) if isinstance(found, Tensor) else tuple(turned(part) for part in found)
+
+    return wrong
+
+
+@pytest.mark.parametrize("fault", [scaled, steeper])
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "qk_rope", "gated", "lora_linear"])
+def test_a_wrong_operation_is_noticed(op: str, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, applied = pair()
+    inputs = batch_of(plain)
+    check(plain, applied, inputs)
+    monkeypatch.setattr(fused_blocks, op, fault(getattr(fused_blocks, op), 1.01))
+    with pytest.raises(AssertionError):
+        check(plain, applied, inputs)
+
+
+def test_a_wrong_operation_finds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("rms_norm", "add_rms_norm", "qk_rope", "gated"):
+        monkeypatch.setattr(fused_blocks, op, scaled(getattr(fused_blocks, op), 1.01))
+    report = fused.apply(base_of("llama"), Kernels(ops=["linear_cross_entropy"]))
+    assert report.left["rope"] == {}
+    report = fused.apply(base_of("llama"), Kernels())
+    assert not any(report.replaced[op] for op in ("rms_norm", "rope", "gated"))
+    assert list(report.left["rope"]) == ["LlamaAttention computes something else"]
+
+
+def test_dropout_that_only_training_shows() -> None:
+    """Phi3's blocks drop what attention gives, which evaluation would never tell."""
+    report = fused.apply(base_of("phi3", resid_pdrop=0.1), Kernels())
+    assert len(report.replaced["rms_norm"]) == 5
+    assert list(report.left["rms_norm"]) == ["Phi3DecoderLayer computes something else"]
+
+
+def test_kinds_of_gelu_are_told_apart() -> None:
+    for act, name in (("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("silu", "silu")):
+        model: Any = base_of("llama", hidden_act=act)
+        fused.apply(model, Kernels())
+        assert model.model.layers[0].mlp.forward.keywords["act"] == name
+
+
+def test_norms_of_a_class_may_differ_in_eps() -> None:
+    plain = base_of("llama")
+    plain.model.layers[0].input_layernorm.variance_epsilon = plain.model.layers[1].input_layernorm.variance_epsilon = (
+        0.1
+    )
+    plain.model.layers[1].post_attention_layernorm.variance_epsilon = 0.2
+    applied = copy.deepcopy(plain)
+    fused.apply(applied, Kernels())
+    check(plain, applied, batch_of(plain))
+
+
+def test_hooks_on_single_layers_still_fire() -> None:
+    _, applied = pair()
+    seen: list[str] = []
+    attention = applied.get_base_model().model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        getattr(attention, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    attention.register_forward_hook(lambda *_: seen.append("attention"))
+    logits(applied, batch_of(applied))
+    assert seen == ["q_proj", "k_proj", "v_proj", "o_proj", "attention"]
+
+
+def test_what_others_hook_into_is_left() -> None:
+    plain = with_adapter(base_of("llama"), "llama")
+    applied = copy.deepcopy(plain)
+    report = fused.apply(applied, Kernels(), hooked="zero3")
+    assert [len(report.replaced[op]) for op in OPS] == [5, 0, 2, 1, 0]
+    assert {why: len(names) for why, names in report.left["lora_linear"].items()} == {
+        "zero3 puts hooks on its parts": 14
+    }
+    check(plain, applied, batch_of(plain))
+
+
+def test_draws_nothing_from_the_generator_of_the_run() -> None:
+    model = base_of("llama")
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    fused.apply(model, Kernels())
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_says_what_it_did() -> None:
+    model = with_adapter(base_of("mixtral"), "mixtral")
+    report = fused.apply(model, Kernels())
+    assert "kernels.rope: 2 replaced" in report.lines()
+    assert json.loads(json.dumps(report.facts()))["rope"] == {
+        "replaced": [f"base_model.model.model.layers.{layer}.self_attn" for layer in range(2)],
+        "left": {},
+    }
+    assert [why for why in report.left["lora_linear"]] == ["adapters over a MixtralExperts"]
