@@ -75,8 +75,17 @@ def support_page() -> str:
         "compile": {"compile": True},
         "compile + full": {"activations": "full", "compile": True},
     }
+    held: dict[str, dict[str, Any]] = {
+        "state int8": {"state": "int8"},
+        "int8 + tensor": {"state": "int8", "tensor": 2},
+        "full, state int8": {"adapter": "none", "state": "int8"},
+        "full, weights bfloat16": {"adapter": "none", "weights": "bfloat16"},
+        "both": {"adapter": "none", "state": "int8", "weights": "bfloat16"},
+        "bfloat16 + tensor": {"adapter": "none", "weights": "bfloat16", "tensor": 2},
+        "LoRA, weights bfloat16": {"weights": "bfloat16"},
+    }
     reasons: list[str] = []
-    lines, more = _support(columns, reasons), _support(memory, reasons)
+    lines, more, last = _support(columns, reasons), _support(memory, reasons), _support(held, reasons)
     allowed = list(rules.cells())
     return "\n\n".join(
         [
@@ -88,6 +97,8 @@ def support_page() -> str:
             "What saves memory and time inside a block (`train.activation_checkpointing`, `train.offload_activations`, "
             "`train.compile`). Activations are offloaded from GPUs only, and this has not run on one yet.",
             "\n".join(more),
+            "What the optimizer holds (`optim.state`, `optim.weights`).",
+            "\n".join(last),
             "\n".join(f"{number}. {reason[0].upper()}{reason[1:]}." for number, reason in enumerate(reasons, 1)),
             "`none` with context or tensor: all ranks share one line, or each matrix. Nothing of this has run on GPUs "
             "and NCCL yet; the tests for them are run by `make test-gpu`.",

@@ -61,13 +61,13 @@ def build(
             reader = ShardReader(size, copies, offloaded, section.tensor)
         else:
             progress.note(f"load: every rank holds the whole model in CPU memory until it is cut, because {reason}")
-    # Full fine-tuning keeps float32 master weights and computes in `dtype`; a frozen base is held in `dtype` itself.
+    # Full fine-tuning holds weights as `optim.weights` says and computes in `dtype`; a frozen base is held in `dtype`.
     model = load_model(
         recipe.model,
         home,
         recipe.objective.task,
         labels,
-        dtype=torch.float32 if full else dtype,
+        dtype=getattr(torch, recipe.optim.weights) if full else dtype,
         seed=recipe.train.seed,
         read=reader or read_whole,
     )

@@ -93,10 +93,10 @@ class Layout:
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """What `spread` made of a tensor that lies as `parameter` does, as it was."""
+    """What `spread` made of a tensor that lies as `parameter` does, maybe with another last dimension, as it was."""
     if not isinstance(tensor, DTensor) or not isinstance(parameter, DTensor):
         return tensor
-    return _with_layout_of(tensor, parameter.device_mesh, parameter.placements, parameter)
+    return _with_layout_of(tensor, parameter.device_mesh, parameter.placements, tensor)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def clip(gradients: Sequence[Tensor], limit: float) -> float:
+def clip(gradients: Sequence[Tensor], limit: float, *, scale: bool = True) -> float:
     """Scale `gradients` in place to a global L2 norm of at most `limit`; return the norm before.
+
+    Without `scale` they stay as they are, for an update that multiplies by `factor` itself.
 
     Plain tensors are the same on all ranks; of a DTensor each rank holds a part in the mesh dimensions that cut it and
     the same in the others. Every rank of the meshes must call it with its parts of the same gradients.
@@ -36,7 +38,11 @@ def clip(gradients: Sequence[Tensor], limit: float) -> float:
     if not squares:
         return 0.0
     norm = torch.stack(squares).sum().sqrt().item()
-    scale = min(1.0, limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-    if scale < 1.0:
-        torch._foreach_mul_([tensor for group in parts.values() for tensor in group], scale)
+    if scale and factor(norm, limit) < 1.0:
+        torch._foreach_mul_([tensor for group in parts.values() for tensor in group], factor(norm, limit))
     return norm
+
+
+def factor(norm: float, limit: float) -> float:
+    """What makes a gradient of this norm one of at most `limit`, as torch.nn.utils.clip_grad_norm_ reckons it."""
+    return min(1.0, limit / (norm + 1e-6))

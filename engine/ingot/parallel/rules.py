@@ -32,6 +32,8 @@ class Cell:
     activations: str = "none"
     offload_activations: bool = False
     compile: bool = False
+    state: str = "float32"
+    weights: str = "float32"
 
     @property
     def name(self) -> str:
@@ -43,6 +45,8 @@ class Cell:
         parts += [self.activations] if self.activations != "none" else []
         parts += ["activations-offloaded"] if self.offload_activations else []
         parts += ["compiled"] if self.compile else []
+        parts += ["8-bit-state"] if self.state == "int8" else []
+        parts += ["bfloat16-weights"] if self.weights == "bfloat16" else []
         return " ".join(part for part in parts if part != "none" or part is self.strategy)
 
 
@@ -166,6 +170,24 @@ RULES = (
         "DeepSpeed gathers weights for each block, and copies of them would be moved too; use fsdp, or "
         "offload_activations=false",
     ),
+    Rule(
+        "optim.state",
+        lambda c: c.state == "int8" and (c.strategy in ZERO or c.tensor > 1),
+        "DeepSpeed lays parameters end to end and tensor cuts inside of rows, so that blocks that share a scale would "
+        "be torn; use fsdp, or state=float32",
+    ),
+    Rule(
+        "optim.weights",
+        lambda c: c.weights == "bfloat16" and c.adapter != "none",
+        "adapters are small and stay in float32, and a frozen base has the type of model.dtype; use weights=float32, "
+        "or adapter.kind=none",
+    ),
+    Rule(
+        "optim.weights",
+        lambda c: c.weights == "bfloat16" and (c.strategy in ZERO or c.tensor > 1),
+        "DeepSpeed keeps float32 copies of weights, and what tensor cuts inside of rows cannot be rounded alike on all "
+        "ranks; use fsdp, or weights=float32",
+    ),
 )
 
 
@@ -186,6 +208,8 @@ def cell_of(recipe: Recipe, ranks: Ranks) -> Cell:
         recipe.train.activation_checkpointing,
         recipe.train.offload_activations,
         recipe.train.compile,
+        recipe.optim.state,
+        recipe.optim.weights,
     )
 
 

@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ingot.model.adapters import trainable_tensors
 from ingot.parallel.layout import Layout, like, local
-from ingot.parallel.norm import clip
+from ingot.parallel.norm import clip, factor
+from ingot.parallel.optim import fresh_moments
+from ingot_kernels.adamw import AdamW
 
 MODEL, OPTIMIZER = "model/", "optimizer/"  # how names in `state` begin
 
@@ -75,7 +77,10 @@ class Sharded:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         gradients = [p.grad for _, p in trainable_tensors(self.plain) if p.grad is not None]
-        found = clip(gradients, math.inf if limit is None else limit)
+        limit, folded = math.inf if limit is None else limit, isinstance(self.optimizer, AdamW)
+        found = clip(gradients, limit, scale=not folded)
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.grad_scale = factor(found, limit)  # inside of the update: no pass of its own
         if math.isfinite(found):
             self.optimizer.step()
         self.drop()
@@ -94,7 +99,7 @@ class Sharded:
         found: dict[str, Tensor] = {}
         for name, parameter in trainable_tensors(self.plain):
             found[MODEL + name] = self.layout.spread(parameter.detach())
-            moments = self.optimizer.state.get(parameter) or fresh_moments(parameter)
+            moments = self.optimizer.state.get(parameter) or fresh_moments(parameter, self.optimizer)
             found |= {f"{OPTIMIZER}{name}/{key}": self.layout.spread(value) for key, value in moments.items()}
         return found
 
@@ -107,13 +112,3 @@ class Sharded:
                 moments = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
                 if moments:
                     self.optimizer.state[parameter] = {key: like(value, parameter) for key, value in moments.items()}
-
-
-def fresh_moments(parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before its first step, as torch makes it for `fused=True`."""
-    device = parameter.device if parameter.is_cuda else torch.device("cpu")
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=device),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }

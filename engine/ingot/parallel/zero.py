@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ingot.errors import IngotError, MissingPackage
 from ingot.model.adapters import trainable_tensors
 from ingot.parallel.layout import Layout
-from ingot.parallel.optim import make_optimizer
-from ingot.parallel.sharded import MODEL, OPTIMIZER, Sharded, fresh_moments
+from ingot.parallel.optim import fresh_moments, make_optimizer
+from ingot.parallel.sharded import MODEL, OPTIMIZER, Sharded
 from ingot.recipe import Optim, Parallel
 
 VERSION = (0, 19)  # what is used below of its insides was read in 0.19.8
