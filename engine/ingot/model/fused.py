@@ -29,7 +29,7 @@ from ingot.model.fused_blocks import (
 from ingot.model.lines import shrunk
 from ingot.model.quantize import QuantizedLinear
 from ingot.recipe import Kernels
-from ingot_kernels.dispatch import Impl
+from ingot_kernels.dispatch import INSTALLED, INTERPRETED, Impl
 from ingot_kernels.gated import Act
 from ingot_kernels.rms_norm import Mode, rms_norm_reference
 
@@ -73,11 +73,14 @@ def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None) -> R
     quantization already in it, before it is spread over ranks or compiled.
 
     `hooked`: who puts hooks on single layers afterwards (zero3, tensor), which calls of several layers at once would
-    pass by. Raises RecipeError when an operation that a list names finds no place.
+    pass by. Raises RecipeError when an operation that a list names finds no place, and for Triton where it cannot run.
     """
     report = Report()
     if section.ops == "none":
         return report
+    if section.impl == "triton" and not (INSTALLED and (INTERPRETED or torch.cuda.is_available())):
+        why = "there is no GPU here" if INSTALLED else "the package triton is not installed"
+        raise RecipeError("kernels.impl", "triton", f"{why}; use auto")
     wanted = OPS if section.ops == "auto" else tuple(section.ops)
     owner = _owner(model)
     plans = _plans(owner, wanted, report) if owner is not None else {}

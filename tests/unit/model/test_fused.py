@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ingot.model.load import KINDS, logits_of
 from ingot.model.quantize import QuantizedLinear, quantized
 from ingot.parallel.recompute import apply_activations
 from ingot.recipe import Adapter, Kernels, Quantization, Train
+from ingot_kernels import gated, rms_norm, rope
 from ingot_kernels.linear_cross_entropy import linear_cross_entropy
 
 # B rows, T tokens, V vocabulary
@@ -329,7 +331,7 @@ def test_under_autocast_is_close(family: str, lora: bool) -> None:
     largest = max(float(gradient.norm()) for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert others[name].dtype == gradient.dtype
-        assert (others[name] - gradient).norm() <= 2e-2 * max(float(gradient.norm()), 0.1 * largest), name
+        assert (others[name] - gradient).norm() <= 5e-2 * max(float(gradient.norm()), 0.1 * largest), name
 
 
 def test_inputs_are_dropped_in_training_only() -> None:
@@ -365,16 +367,14 @@ def test_over_a_quantized_base(section: Quantization) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_triton_computes_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ingot_kernels import gated, rms_norm, rope
-
     called = set()
+
+    def spied(module: Any, launch: Any, *args: Any, **named: Any) -> Any:
+        called.add(module)
+        return launch(*args, **named)
+
     for module, name in ((gated, "_launch"), (rms_norm, "_launch_forward"), (rope, "_launch")):
-
-        def spied(*args: Any, launch: Any = getattr(module, name), module: Any = module, **named: Any) -> Any:
-            called.add(module.__name__)
-            return launch(*args, **named)
-
-        monkeypatch.setattr(module, name, spied)
+        monkeypatch.setattr(module, name, partial(spied, module, getattr(module, name)))
     plain, applied = pair(family, impl="triton")
     check(plain, applied, {name: tensor[:, :5] for name, tensor in batch_of(plain).items()})
     assert len(called) == 3
@@ -488,4 +488,11 @@ def test_says_what_it_did() -> None:
         "replaced": [f"base_model.model.model.layers.{layer}.self_attn" for layer in range(2)],
         "left": {},
     }
-    assert [why for why in report.left["lora_linear"]] == ["adapters over a MixtralExperts"]
+    assert list(report.left["lora_linear"]) == ["adapters over a MixtralExperts"]
+
+
+def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match=r"kernels\.impl"):
+        fused.apply(base_of("llama"), Kernels(impl="triton"))
