@@ -166,6 +166,8 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
     device = torch.device(cell.get("device", "cpu"), ranks.local if "device" in cell else None)
     task = recipe.objective.task
     model = small_model(**cell.get("model", {"kind": "llama"}), task=task)
+    if recipe.adapter.kind == "none":
+        model.to(getattr(torch, recipe.optim.weights))
     if recipe.quantization.kind != "none":
         model = quantized(model, recipe.quantization)
     model = attach_adapter(model, recipe.adapter, recipe.objective.task, 0)

@@ -66,6 +66,15 @@ def test_codes_are_those_of_bitsandbytes(signed: bool) -> None:
     assert ((dequantize(ours) - values).abs() <= (theirs - values).abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_lookup_finds_what_bisection_finds(signed: bool) -> None:
+    edges = module.midpoints(signed, torch.device("cpu"))
+    one = torch.tensor(1.0)
+    near = [edges, torch.nextafter(edges, one), torch.nextafter(edges, -one), torch.tensor([0.0, -0.0, 1.0])]
+    values = torch.cat([*near, torch.linspace(-1 if signed else 0, 1, 200_001)])
+    assert torch.equal(module.nearest(values, signed), torch.bucketize(values, edges, out_int32=True))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (3, 256), (2, 300), (5, 512), (1, 769)])

@@ -19,6 +19,19 @@ def ranks(world: int) -> Ranks:
 
 
 TURNED_AWAY = {
+    "8 bits under zero": (
+        2,
+        {"parallel": {"strategy": "zero2"}, "optim": {"state": "int8"}},
+        "optim.state",
+        "use fsdp",
+    ),
+    "bfloat16 adapters": (2, {"optim": {"weights": "bfloat16"}}, "optim.weights", "adapter.kind=none"),
+    "bfloat16 and cut": (
+        2,
+        {"parallel": {"strategy": "ddp", "tensor": 2}, "adapter": {"kind": "none"}, "optim": {"weights": "bfloat16"}},
+        "optim.weights",
+        "use fsdp",
+    ),
     "compiled and recomputed": (
         2,
         {"train": {"compile": True, "activation_checkpointing": "selective"}},
