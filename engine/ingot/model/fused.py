@@ -79,8 +79,8 @@ def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None) -> R
     if section.ops == "none":
         return report
     if section.impl == "triton" and not (INSTALLED and (INTERPRETED or torch.cuda.is_available())):
-        why = "there is no GPU here" if INSTALLED else "the package triton is not installed"
-        raise RecipeError("kernels.impl", "triton", f"{why}; use auto")
+        lack = "there is no GPU here" if INSTALLED else "the package triton is not installed"
+        raise RecipeError("kernels.impl", "triton", f"{lack}; use auto")
     wanted = OPS if section.ops == "auto" else tuple(section.ops)
     owner = _owner(model)
     plans = _plans(owner, wanted, report) if owner is not None else {}
