@@ -1,5 +1,6 @@
 """Tables of 8-bit values: a dynamic exponent and a fraction (Dettmers 2015, section 3; Dettmers et al. 2021)."""
 
+import math
 from functools import cache
 
 import torch
@@ -30,3 +31,23 @@ def midpoints(signed: bool, device: torch.device) -> Tensor:
     """Where `dynamic_codes` round up [255]."""
     codes = dynamic_codes(signed, device)
     return (codes[:-1] + codes[1:]) / 2
+
+
+def nearest(shares: Tensor, signed: bool) -> Tensor:
+    """int32 numbers of the codes next to `shares` of -1 to 1: as torch.bucketize, which takes 39 ns an element.
+
+    Floats that agree in their upper 16 bits have at most one edge between them: a table, and a comparison with it.
+    """
+    starts, edges = _lookup(signed, shares.device)
+    flat = shares.contiguous().view(-1)
+    found = starts.index_select(0, (flat.view(torch.int32) >> 16) + 32768)
+    return (found + (edges.index_select(0, found) < flat)).view(shares.shape)
+
+
+@cache
+def _lookup(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(code of the least float of each upper half, int32 [65536]; edges with an infinite one behind them [256])."""
+    upper = torch.arange(-32768, 32768, dtype=torch.int32, device=device)
+    least = torch.where(upper < 0, (upper << 16) | 0xFFFF, upper << 16).view(torch.float32)
+    edges = midpoints(signed, device)
+    return torch.bucketize(least, edges, out_int32=True), torch.nn.functional.pad(edges, (0, 1), value=math.inf)
