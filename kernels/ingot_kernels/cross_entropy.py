@@ -120,8 +120,9 @@ def _joined(lse_B: Tensor, true_B: Tensor, sum_B: Tensor, form: Form) -> tuple[T
     if form.group is None:
         return None, lse_B, true_B, sum_B
     own_3B = torch.stack((lse_B, true_B, sum_B))
-    all_W3B = own_3B.new_empty(form.shard()[1], *own_3B.shape)
-    torch.distributed.all_gather_into_tensor(all_W3B.flatten(0, 1), own_3B, group=form.group)
+    shares = [torch.empty_like(own_3B) for _ in range(form.shard()[1])]
+    torch.distributed.all_gather(shares, own_3B, group=form.group)
+    all_W3B = torch.stack(shares)
     whole_B = all_W3B[:, 0].logsumexp(0)
     return (lse_B - whole_B).exp_(), whole_B, all_W3B[:, 1].sum(0), all_W3B[:, 2].sum(0)
 

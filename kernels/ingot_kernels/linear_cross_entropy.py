@@ -67,8 +67,12 @@ def linear_cross_entropy(
     `hidden_NH` is summed over ranks. `chunk_bytes`: most memory that logits take; None: as `head.chunks` finds best.
 
     Products run in the type of autocast, else of `hidden_NH`; gradients of the head are summed in float32.
+
+    Raises ValueError for a `group` while torch.compile traces: it leaves the call to eager, or fails (fullgraph).
     """
     uses_triton(impl, hidden_NH)
+    if group is not None and torch.compiler.is_compiling():
+        raise ValueError("group: a vocabulary that ranks share cannot be compiled; call this outside of torch.compile")
     hidden_NH = hidden_NH.to(autocast_dtype(hidden_NH))
     if rows_M is None and not hidden_NH.is_cuda and not torch.compiler.is_compiling():
         rows_M = (targets_N != IGNORE).nonzero().squeeze(1)
