@@ -278,3 +278,12 @@ class ChunkedHead(torch.autograd.Function):
         if made[0] is not None:
             made[0] = spread(made[0], rows_M, ctx.n_rows)
         return None, None, None, *made
+
+
+def loss_of(job: Job, per_row: bool, needs: Needs, *tensors: Tensor | None) -> Tensor:
+    """`ChunkedHead` of hidden [N, H], weight, bias, a and b. torch.compile leaves it to eager, or fails (fullgraph)."""
+    apply: Callable[..., Tensor] = ChunkedHead.apply
+    if torch.compiler.is_compiling():
+        # It would break up over buffers that calls share and over collectives. The import costs a second, so not above.
+        apply = torch.compiler.disable(apply, reason="a head by chunks, shared by a group, is not compiled")
+    return apply(job, per_row, needs, *tensors)

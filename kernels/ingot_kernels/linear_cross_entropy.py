@@ -18,8 +18,8 @@ from torch import Tensor
 from ingot_kernels.cross_entropy import IGNORE as IGNORE
 from ingot_kernels.cross_entropy import Form, cross_entropy_
 from ingot_kernels.dispatch import Impl, uses_triton
-from ingot_kernels.head import ChunkedHead, Job, autocast_dtype, parts_of, run, spread
 from ingot_kernels.head import Head as Head
+from ingot_kernels.head import Job, autocast_dtype, loss_of, parts_of, run, spread
 from ingot_kernels.head import LowRank as LowRank
 from ingot_kernels.head import logits_reference as logits_reference
 
@@ -68,18 +68,16 @@ def linear_cross_entropy(
 
     Products run in the type of autocast, else of `hidden_NH`; gradients of the head are summed in float32.
 
-    Raises ValueError for a `group` while torch.compile traces: it leaves the call to eager, or fails (fullgraph).
+    Under torch.compile a `group` breaks the graph: ranks that share a vocabulary run eagerly.
     """
     uses_triton(impl, hidden_NH)
-    if group is not None and torch.compiler.is_compiling():
-        raise ValueError("group: a vocabulary that ranks share cannot be compiled; call this outside of torch.compile")
     hidden_NH = hidden_NH.to(autocast_dtype(hidden_NH))
     if rows_M is None and not hidden_NH.is_cuda and not torch.compiler.is_compiling():
         rows_M = (targets_N != IGNORE).nonzero().squeeze(1)
     targets_M = targets_N if rows_M is None else targets_N.index_select(0, rows_M)
     parts = parts_of(head)
     form = Form(head.scale, head.softcap, label_smoothing, z_loss, group)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and group is None:
         numbers = [head.scale, head.softcap or 0.0, label_smoothing, z_loss, parts.factor]
         losses_M = _losses_op(hidden_NH, *parts[:4], targets_M, rows_M, numbers, chunk_bytes or 0, impl)
         return losses_M.sum() if reduction == "sum" else spread(losses_M, rows_M, hidden_NH.shape[0])
@@ -90,8 +88,7 @@ def linear_cross_entropy(
     tensors = (hidden_NH, *parts[:4])
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
     job = Job(grade, rows_M, parts.factor, chunk_bytes, group)
-    loss: Tensor = ChunkedHead.apply(job, reduction == "none", needs, *tensors)
-    return loss
+    return loss_of(job, reduction == "none", needs, *tensors)
 
 
 def linear_logprobs(hidden_NH: Tensor, head: Head, targets_N: Tensor, **options: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ingot_kernels.dispatch import Impl, uses_triton
-from ingot_kernels.head import ChunkedHead, Head, Job, accumulator, autocast_dtype, logits_reference, parts_of
+from ingot_kernels.head import Head, Job, accumulator, autocast_dtype, logits_reference, loss_of, parts_of
 
 
 def linear_kl_reference(
@@ -41,7 +41,7 @@ def linear_kl(
     """The divergence of the rows `rows_M` (int64), summed: float32. No gradient goes to the teacher.
 
     Chunk by chunk as `linear_cross_entropy`; a chunk holds both models' logits. `impl` chooses nothing: what is between
-    the products is torch's on every device.
+    the products is torch's on every device. Under torch.compile it breaks the graph and runs eagerly.
     """
     uses_triton(impl, hidden_NH)
     hidden_NH = hidden_NH.to(autocast_dtype(hidden_NH))
@@ -73,9 +73,7 @@ def linear_kl(
     parts = parts_of(head)
     tensors = (hidden_NH, *parts[:4])
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
-    with torch.autocast(hidden_NH.device.type, enabled=False):
-        loss: Tensor = ChunkedHead.apply(Job(grade, rows_M, parts.factor, chunk_bytes), False, needs, *tensors)
-    return loss
+    return loss_of(Job(grade, rows_M, parts.factor, chunk_bytes), False, needs, *tensors)
 
 
 def _frozen(head: Head, dtype: torch.dtype) -> Head:

@@ -142,7 +142,7 @@ def work(ranks: Ranks, folder: Path) -> None:
                 seen[name] = vocabulary(ranks.rank, reduction, trainable, impl)
         seen[f"fsdp {reduction}"] = fsdp(ranks.rank, reduction)
     seen["vocabulary without its last all_reduce"] = unreduced(ranks.rank)
-    compiled = torch.compile(linear_cross_entropy, backend="eager")
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager")
     seen["compiled"] = vocabulary(ranks.rank, "sum", True, "torch", compiled)
     seen["compiled whole"] = whole_graph(ranks.rank)
     (folder / f"{ranks.rank}.json").write_text(json.dumps(seen))
