@@ -6,7 +6,6 @@ SPEC: contender, data, method (lora, full), precision (float32, bfloat16), folde
 import contextlib
 import json
 import random
-import resource
 import sys
 import time
 from dataclasses import dataclass, field
@@ -35,6 +34,14 @@ class Record:
     initial: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     loaded_rss: int = 0
+    peak_rss: int = 0
+
+    def step(self) -> None:
+        """A step has ended. Memory is read here: what comes behind the last step, a checkpoint of Ingot's alone, is not
+        training.
+        """
+        self.ends.append(time.perf_counter())
+        self.peak_rss = _peak_rss()
 
     def loaded(self, model: nn.Module) -> None:
         self.initial, self.loaded_rss = trained_of(model), _peak_rss()
@@ -46,15 +53,20 @@ class Record:
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         self.counts.append((int(mask_BT.sum()), int((labels_BT[:, 1:] != -100).sum())))
         if not self.first_rows:
-            self.first_rows = [
-                Row(ids_T[mask_T > 0].tolist(), labels_T[mask_T > 0].tolist())
-                for ids_T, labels_T, mask_T in zip(ids_BT, labels_BT, mask_BT, strict=True)
-            ]
+            for number, (ids_T, labels_T, mask_T) in enumerate(zip(ids_BT, labels_BT, mask_BT, strict=True)):
+                ids, labels = ids_T[mask_T > 0].tolist(), labels_T[mask_T > 0].tolist()
+                places = batch["position_ids"][number].tolist() if "position_ids" in batch else [0]
+                starts = [place for place, position in enumerate(places) if position == 0]  # a pack holds several rows
+                for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+                    self.first_rows.append(Row(ids[start:end], labels[start:end]))
 
 
 def _peak_rss() -> int:
-    """Highest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Highest resident memory of this process so far, bytes. Not `ru_maxrss`: across fork and exec it starts with what
+    the parent held, which is a trained tokenizer and a model here.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def _model(spec: dict[str, Any]) -> Any:
@@ -93,7 +105,7 @@ def _watch(trainer: Any, record: Record) -> None:
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            record.ends.append(time.perf_counter())
+            record.step()
             control.should_log = state.global_step == 1
 
     inner = trainer.data_collator
@@ -177,7 +189,7 @@ def plain(spec: dict[str, Any], record: Record) -> None:
         optimizer.zero_grad()
         if start == 0:
             record.first_loss, record.first_norm = loss.item(), norm.item()
-        record.ends.append(time.perf_counter())
+        record.step()
     record.trained = trained_of(model)
 
 
@@ -235,7 +247,7 @@ def ingot(spec: dict[str, Any], record: Record) -> None:
             record.first_loss, record.first_norm = info.loss, info.grad_norm
         record.counts.append((info.tokens, meter.targets - seen[0]))
         seen[0] = meter.targets
-        record.ends.append(time.perf_counter())
+        record.step()
 
     fit(
         sharded,
@@ -260,7 +272,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(spec["threads"])
     record, folder = Record(), Path(spec["folder"])
     CONTENDERS[spec["contender"]](spec, record)
-    peak = _peak_rss()  # before the definition and the held-out rows need memory of their own
+    peak = record.peak_rss
     steps = len(record.ends)
     seconds = record.ends[-1] - record.ends[WARM_UP - 1]
     timed = record.counts[WARM_UP:steps]

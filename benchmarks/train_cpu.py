@@ -5,7 +5,7 @@
 
 Every contender trains the same seeded Llama on the same rows, in a process of its own, in turn. Its first step's loss
 and gradient norm must be the plain definition's, and Ingot's final loss TRL's, or nothing is reported and the exit
-status is 1. Packed TRL lets rows of a pack see each other on a CPU: it is timed, and not held to the definition.
+status is 1.
 Writes FILE.json, and beside it a table (.md) and a plot (.png).
 """
 
@@ -32,7 +32,7 @@ THREADS = 2
 # (loss, gradient norm), relative. bfloat16 keeps 8 bits of every activation.
 TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (5e-3, 5e-2)}
 FINAL_TOLERANCE = 0.02
-GOALS = {"trl": 1.4, "trl_packed": 2.0}
+GOALS = {"e2e": 1.4, "mixed": 2.0}  # times TRL's faster mode
 MEMORY_GOAL = 0.7
 
 
@@ -42,8 +42,6 @@ class Refused(Exception):
 
 def check_first(name: str, precision: str, first: dict[str, float]) -> None:
     """Raise Refused unless the first step is the plain definition's."""
-    if name == "trl_packed":
-        return
     for key, limit in zip(("loss", "norm"), TOLERANCE[precision], strict=True):
         found, wanted = first[key], first[f"defined_{key}"]
         if not abs(found - wanted) <= limit * abs(wanted):
@@ -110,21 +108,21 @@ def table(report: dict[str, Any]) -> str:
                 f"| {numbers['peak_memory'] / 1e9:.2f} | {numbers['final_loss']:.4f} | {numbers['peak_share']:.0%} "
                 f"| {beside} |"
             )
-        lines += ["", *goals(found)]
+        lines += ["", *goals(name.split()[0], found)]
     return "\n".join(lines) + "\n"
 
 
-def goals(found: dict[str, Any]) -> list[str]:
-    """Goals, each reached or missed."""
-    lines = []
-    for peer, goal in GOALS.items():
-        if peer in found["ratio"]:
-            ratio = found["ratio"][peer]
-            lines.append(f"- {goal}x {peer}: {'reached' if ratio >= goal else 'missed'} ({ratio:.2f}x)")
-    if "trl" in found["memory_ratio"]:
-        share = found["memory_ratio"]["trl"]
-        lines.append(f"- {MEMORY_GOAL}x trl's memory: {'reached' if share <= MEMORY_GOAL else 'missed'} ({share:.2f}x)")
-    return lines
+def goals(data: str, found: dict[str, Any]) -> list[str]:
+    """Goals beside the faster of TRL's modes, each reached or missed."""
+    modes = [name for name in ("trl", "trl_packed") if name in found["ratio"]]
+    if not modes:
+        return []
+    peer = min(modes, key=lambda name: found["ratio"][name])
+    ratio, share, goal = found["ratio"][peer], found["memory_ratio"][peer], GOALS[data]
+    return [
+        f"- {goal}x {peer}: {'reached' if ratio >= goal else 'missed'} ({ratio:.2f}x)",
+        f"- {MEMORY_GOAL}x {peer}'s memory: {'reached' if share <= MEMORY_GOAL else 'missed'} ({share:.2f}x)",
+    ]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
