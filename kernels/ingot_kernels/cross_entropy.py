@@ -187,7 +187,6 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
         weight = tl.full((), SCALE, tl.float32)
         if WEIGHTED:
             weight *= tl.load(weights + row)
-        weight = tl.where(ignored, 0.0, weight)
         for start in range(0, width, BLOCK):
             at = start + columns
             inside = at < width
