@@ -56,7 +56,7 @@ class Trainer:
         }
         self.recipe, self.fill = cells.recipe_of(sections), None
         if source:
-            model, _, self.fill = build(self.recipe, Path(source), (), ranks(), cut=cut)
+            model, _, self.fill, _ = build(self.recipe, Path(source), (), ranks(), cut=cut)
         else:
             model = attach_adapter(cells.small_model("llama"), self.recipe.adapter, "language-modeling", 0)
         with torch.no_grad():

@@ -51,11 +51,15 @@ def test_is_the_definition(shape: tuple[int, ...], mode: Mode, dtype: torch.dtyp
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_and_expanded_inputs(impl: Any) -> None:
     x, weight = drawn((7, 11), (7,))
-    check_against_truth(lambda x, w: rms_norm(x.t(), w, EPS, impl=impl), lambda x, w: rms_norm_reference(x.t(), w, EPS), [x, weight])  # fmt: skip
+    check_against_truth(
+        lambda x, w: rms_norm(x.t(), w, EPS, impl=impl), lambda x, w: rms_norm_reference(x.t(), w, EPS), [x, weight]
+    )
     row, weight = drawn((1, 5), (5,))
     check_against_truth(
-        lambda x, w: rms_norm(x.expand(4, 5), w, EPS, impl=impl), lambda x, w: rms_norm_reference(x.expand(4, 5), w, EPS), [row, weight]
-    )  # fmt: skip
+        lambda x, w: rms_norm(x.expand(4, 5), w, EPS, impl=impl),
+        lambda x, w: rms_norm_reference(x.expand(4, 5), w, EPS),
+        [row, weight],
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -65,8 +69,10 @@ def test_reads_nothing_that_it_did_not_write(impl: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poisoned(like(*a, **k)))
     x, residual, weight = drawn((13, 67), (13, 67), (67,))
     check_against_truth(
-        lambda x, r, w: add_rms_norm(x, r, w, EPS, impl=impl), lambda x, r, w: added(x, r, w, EPS, "llama"), [x, residual, weight]
-    )  # fmt: skip
+        lambda x, r, w: add_rms_norm(x, r, w, EPS, impl=impl),
+        lambda x, r, w: added(x, r, w, EPS, "llama"),
+        [x, residual, weight],
+    )
 
 
 def _poisoned(tensor: Tensor) -> Tensor:
@@ -111,8 +117,11 @@ def test_planted_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) 
     x, residual, weight = drawn((13, 67), (13, 67), (67,))
     with pytest.raises(AssertionError, match="from the truth"):
         check_against_truth(
-            lambda x, r, w: add_rms_norm(x, r, w, EPS, impl="torch"), lambda x, r, w: added(x, r, w, EPS, "llama"), [x, residual, weight], drawn((13, 67), (13, 67))
-        )  # fmt: skip
+            lambda x, r, w: add_rms_norm(x, r, w, EPS, impl="torch"),
+            lambda x, r, w: added(x, r, w, EPS, "llama"),
+            [x, residual, weight],
+            drawn((13, 67), (13, 67)),
+        )
 
 
 def test_compiled_equals_eager() -> None:

@@ -32,7 +32,7 @@ def recipe_of(folder: Path, **sections: dict[str, Any]) -> Recipe:
 def test_rebuilt_holds_the_weights_of_the_checkpoint(model_folder: Path, tmp_path: Path, kind: str) -> None:
     """And what the adapter started from, drawn again from the seed."""
     recipe = recipe_of(model_folder, adapter={"kind": kind, "rank": 4})
-    model, initial, fill = build(recipe, tmp_path, (), Ranks())
+    model, initial, fill, _ = build(recipe, tmp_path, (), Ranks())
     assert fill is None
     sharded = parallelize(model, Ranks(), recipe, CPU, torch.float32)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_rebuilt_holds_the_weights_of_the_checkpoint(model_folder: Path, tmp_pat
 
 def test_rebuilt_refuses_a_checkpoint_of_another_adapter(model_folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(model_folder, adapter={"kind": "lora", "rank": 4})
-    model, _, _ = build(recipe, tmp_path, (), Ranks())
+    model, *_ = build(recipe, tmp_path, (), Ranks())
     checkpoints = Checkpoints(tmp_path / "checkpoints", Ranks(), "hash", 2)
     sharded = parallelize(model, Ranks(), recipe, CPU, torch.float32)
     checkpoints.save(sharded, Progress(steps=5, recipe_hash="hash", step=3))
@@ -90,13 +90,15 @@ def test_what_a_recipe_changes_in_a_model_is_said(model_folder: Path, tmp_path: 
         tie_word_embeddings=True,
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    build(recipe_of(folder, adapter={"kind": "lora"}), tmp_path, (), Ranks(), Notes(quiet=True))
+    build(
+        recipe_of(folder, kernels={"ops": "none"}, adapter={"kind": "lora"}), tmp_path, (), Ranks(), Notes(quiet=True)
+    )
     assert said == []
-    ends = recipe_of(folder, adapter={"kind": "lora", "targets": ["lm_head"]})
+    ends = recipe_of(folder, kernels={"ops": "none"}, adapter={"kind": "lora", "targets": ["lm_head"]})
     built = build(ends, tmp_path, (), Ranks(), Notes(quiet=True))
     assert said == ["adapter.targets: the output head was tied to the embedding and now has its own weight"]
     assert not tied_head(built.model)
-    over = recipe_of(folder, adapter={"kind": "lora"}, quantization={"kind": "int8"})
+    over = recipe_of(folder, kernels={"ops": "none"}, adapter={"kind": "lora"}, quantization={"kind": "int8"})
     build(over, tmp_path, (), Ranks(), Notes(quiet=True))
     assert said[1:] == ["quantization.kind=int8: 39% of the weights are fused experts and stay in full size"]
 

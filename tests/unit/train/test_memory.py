@@ -117,7 +117,8 @@ def test_stop_names_what_grew_and_the_cheapest_lever(monkeypatch, row_lists, mak
     weights, gradients, moments = (f"{size / 1024:.1f} KiB" for size in held)
     assert f"weights {weights}, gradients {gradients}, optimizer state {moments}" in message
     levers = ["train.tokens_per_microbatch=32 (now 64)", "data.batches=padding-free (now padded)",
-              "train.activation_checkpointing=selective", "train.activation_checkpointing=full", "adapter.kind=lora (now none)",
+              "train.activation_checkpointing=selective", "train.activation_checkpointing=full",
+              "adapter.kind=lora (now none)",
               "optim.state=int8 (now float32)", "parallel.strategy=fsdp (now none)", "parallel.offload=optimizer"]  # fmt: skip
     places = [message.index(lever) for lever in levers]
     assert places == sorted(places)
