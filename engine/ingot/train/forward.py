@@ -117,7 +117,7 @@ def logits_at(sharded: Sharded, inputs: Inputs, targets_BT: Tensor, teacher: nn.
         inputs = inputs | {"logits_to_keep": moved(kept_K, sharded.device)}
         targets_BT = targets_BT[:, kept_K]
     output = sharded.forward(**inputs) if teacher is None else _taught(sharded, teacher, inputs)
-    logits_NV = output.logits.flatten(0, 1)
+    logits_NV = (output if isinstance(output, Tensor) else output.logits).flatten(0, 1)
     rows_M = rows_of(targets_BT)
     if len(rows_M) < len(logits_NV):
         logits_NV = logits_NV.index_select(0, moved(rows_M, sharded.device))

@@ -119,7 +119,8 @@ def test_stop_names_what_grew_and_the_cheapest_lever(monkeypatch, row_lists, mak
     levers = ["train.tokens_per_microbatch=32 (now 64)", "data.batches=padding-free (now padded)",
               "train.activation_checkpointing=selective", "train.activation_checkpointing=full",
               "adapter.kind=lora (now none)",
-              "optim.state=int8 (now float32)", "parallel.strategy=fsdp (now none)", "parallel.offload=optimizer"]  # fmt: skip
+              "optim.state=int8 (now float32)",
+              "parallel.strategy=fsdp (now none)", "parallel.offload=optimizer"]  # fmt: skip
     places = [message.index(lever) for lever in levers]
     assert places == sorted(places)
     assert message.endswith("torch says: " + CUDA)
