@@ -51,6 +51,8 @@ class Trainer:
             "model": {"source": source or "unused", "dtype": "float32"},
             "adapter": {"kind": "lora", "rank": 1, "alpha": 2.0, **adapter},
             "parallel": {"strategy": strategy},
+            # A whole model is built without fused operations, and both ways of reading are to give the same bits.
+            "kernels": {"ops": "none"},
             # Adam divides by a gradient's size: with a small eps rounding decides the sign of the smallest updates.
             "optim": {"eps": 1e-4, "weight_decay": 0.1},
         }
