@@ -15,8 +15,7 @@ from ingot.model.load import is_quantized, load_model, parameter_counts, read_wh
 from ingot.model.materialize import ShardReader
 from ingot.model.matrices import matrices
 from ingot.model.quantize import quantized, rounded
-from ingot.parallel import fsdp
-from ingot.parallel.recompute import apply_activations
+from ingot.parallel import fsdp, recompute
 from ingot.parallel.sharded import MODEL, OPTIMIZER
 from ingot.preparation import QUIET, Prepared
 from ingot.progress import Progress
@@ -37,8 +36,23 @@ class Built(NamedTuple):
 
     model: nn.Module
     initial: dict[str, Tensor]
-    fill: Callable[[nn.Module], None] | None = None
-    kernels: fused.Report = fused.Report()
+    fill: Callable[[nn.Module], None] | None
+    kernels: fused.Report
+
+
+def check_build(recipe: Recipe, home: Path, ranks: Ranks, device: torch.device) -> None:
+    """Raise what `build` would for settings of a resolved recipe that this device or model has no place for. Only the
+    model's configuration is read.
+    """
+    recompute.check(recipe.train, device)
+    fused.check(recipe.kernels)
+    if not isinstance(recipe.kernels.ops, list):
+        return
+    described = recipe.model.model_copy(update={"initialization": "random"})
+    with torch.device("meta"):
+        model = load_model(described, home, recipe.objective.task, ("one", "other"))
+        model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, 0)
+    fused.apply(model, recipe.kernels, hooked=_hooked(recipe.parallel, ranks))
 
 
 def build(
@@ -80,17 +94,17 @@ def build(
         progress.note("adapter.targets: the output head was tied to the embedding and now has its own weight")
     kernels = fused.Report()
     if cut:  # not where a trained model is only rebuilt
-        kernels = fused.apply(model, recipe.kernels, hooked=_hooked(recipe.parallel) if ranks.world > 1 else None)
+        kernels = fused.apply(model, recipe.kernels, hooked=_hooked(recipe.parallel, ranks))
         for text in kernels.lines():
             progress.note(text)
-        apply_activations(model, recipe.train, pick_device(read_ranks()))
+        recompute.apply_activations(model, recipe.train, pick_device(read_ranks()))
         if recipe.train.compile:
             progress.note("train.compile: blocks are compiled in the first steps, which take minutes")
     if reader is not None:
         reader.lay_out(model)
         return Built(model, {}, reader.fill, kernels)
     initial = {} if full else {name: p.detach().cpu().clone() for name, p in adapters.trainable_tensors(model)}
-    return Built(model, initial, kernels=kernels)
+    return Built(model, initial, None, kernels)
 
 
 def _note_unquantized(model: nn.Module, recipe: Recipe, progress: Progress) -> None:
@@ -114,8 +128,10 @@ def _whole_because(recipe: Recipe) -> str | None:
     return None
 
 
-def _hooked(section: Parallel) -> str | None:
+def _hooked(section: Parallel, ranks: Ranks) -> str | None:
     """Who hooks into single layers, so that several must not be computed at once."""
+    if ranks.world == 1:
+        return None
     if section.tensor > 1:
         return "parallel.tensor"
     return "zero3" if section.strategy == "zero3" else None

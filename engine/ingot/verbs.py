@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ingot.assembly import build, export, rebuilt
+from ingot.assembly import build, check_build, export, rebuilt
 from ingot.check import gate
 from ingot.check.stage import keep_proofs, proved
 from ingot.check.verdict import Report
@@ -70,6 +70,7 @@ def check(recipe: Recipe | str | Path, *, home: Path | None = None, progress: Pr
     gate.check_waivers(recipe)
     device = pick_device(Ranks())
     recipe = resolve(recipe, home, Ranks(), device, progress.note)
+    check_build(recipe, home, Ranks(), device)
     set_threads(recipe, Ranks())
     prepared = prepare(recipe, home, progress)
     preflight(recipe, home, prepared, progress)
@@ -110,6 +111,7 @@ def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progres
         progress.note(idle)
     rules.check(recipe, ranks)
     check_model(recipe, home)
+    check_build(recipe, home, ranks, device)
     profile.check(recipe.diagnose, device)
     set_threads(recipe, ranks)
     prepared = prepare(recipe, home, progress)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ingot.evaluation.metrics import METRICS
+from ingot.model import fused
 from ingot.train import shards
 
 
@@ -65,6 +66,21 @@ def test_too_long_prompt_is_found_before_training(ingot, project):
 def test_no_row_keeps_a_trainable_token(ingot, project):
     project.rows("train", [{"prompt": f"word {n} " * 40, "completion": " yes"} for n in range(20)])
     refused(ingot("run", project.recipe), project, "data.max_tokens = 96", "none of 19 training rows", "raise it")
+
+
+def test_an_operation_without_a_place_in_the_model(ingot, project):
+    project.write(kernels={"ops": ["rope", "lora_linear"]}, adapter={"kind": "none"})
+    done = ingot("finetune", project.recipe)
+    refused(done, project, "kernels.ops", "'lora_linear'", "LlamaForCausalLM has no place for it", "leave it out")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has what is missing here")
+def test_what_needs_a_gpu_is_found_before_training(ingot, project, monkeypatch):
+    monkeypatch.setattr(fused, "INTERPRETED", False)  # as it is for users
+    done = ingot("finetune", project.recipe, "kernels.impl=triton")
+    refused(done, project, "kernels.impl", "'triton'", "there is no GPU here; use auto")
+    done = ingot("finetune", project.recipe, "train.offload_activations=true")
+    refused(done, project, "train.offload_activations", "in CPU memory already")
 
 
 # --- model -----------------------------------------------------------------------------------------------------

@@ -73,14 +73,12 @@ def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None) -> R
     quantization already in it, before it is spread over ranks or compiled.
 
     `hooked`: who puts hooks on single layers afterwards (zero3, tensor), which calls of several layers at once would
-    pass by. Raises RecipeError when an operation that a list names finds no place, and for Triton where it cannot run.
+    pass by. Raises RecipeError when an operation that a list names finds no place, and as `check` does.
     """
     report = Report()
     if section.ops == "none":
         return report
-    if section.impl == "triton" and not (INSTALLED and (INTERPRETED or torch.cuda.is_available())):
-        lack = "there is no GPU here" if INSTALLED else "the package triton is not installed"
-        raise RecipeError("kernels.impl", "triton", f"{lack}; use auto")
+    check(section)
     wanted = OPS if section.ops == "auto" else tuple(section.ops)
     owner = _owner(model)
     plans = _plans(owner, wanted, report) if owner is not None else {}
@@ -107,6 +105,13 @@ def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None) -> R
     if section.ops != "auto":
         _check_all(wanted, report, owner)
     return report
+
+
+def check(section: Kernels) -> None:
+    """Raise RecipeError for Triton where it cannot run."""
+    if section.impl == "triton" and not (INSTALLED and (INTERPRETED or torch.cuda.is_available())):
+        lack = "there is no GPU here" if INSTALLED else "the package triton is not installed"
+        raise RecipeError("kernels.impl", "triton", f"{lack}; use auto")
 
 
 def restore(model: nn.Module) -> None:

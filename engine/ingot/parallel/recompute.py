@@ -40,10 +40,19 @@ ATTENTION = {
 
 def apply_activations(model: nn.Module, train: Train, device: torch.device) -> None:
     """Do to `model` in place what `train` says about activations, and compile its blocks; adapters and fused
-    operations come before.
-
-    Raises RecipeError for `offload_activations` where there is no other memory to move to.
+    operations come before. Raises RecipeError as `check` does.
     """
+    check(train, device)
+    if train.activation_checkpointing != "none":
+        recompute_blocks(model, selective=train.activation_checkpointing == "selective")
+    if train.offload_activations:
+        Offload(Cuda(device)).attach(blocks_of(model))
+    if train.compile:
+        compile_blocks(model)
+
+
+def check(train: Train, device: torch.device) -> None:
+    """Raise RecipeError for `offload_activations` where there is no other memory to move to."""
     if train.offload_activations and device.type != "cuda":
         raise RecipeError(
             "train.offload_activations",
@@ -51,12 +60,6 @@ def apply_activations(model: nn.Module, train: Train, device: torch.device) -> N
             f"on {device.type} activations are in CPU memory already; remove it, or use "
             "train.activation_checkpointing=full",
         )
-    if train.activation_checkpointing != "none":
-        recompute_blocks(model, selective=train.activation_checkpointing == "selective")
-    if train.offload_activations:
-        Offload(Cuda(device)).attach(blocks_of(model))
-    if train.compile:
-        compile_blocks(model)
 
 
 def recompute_blocks(model: nn.Module, *, selective: bool = False) -> None:

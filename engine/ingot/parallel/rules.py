@@ -156,8 +156,7 @@ RULES = (
         "train.compile",
         lambda c: c.compile and (c.strategy in ZERO or c.tensor > 1),
         "DeepSpeed and tensor watch, gather or cut parameters by hooks inside of blocks, which compiled code may leave "
-        "out; use ddp or fsdp, "
-        "or compile=false",
+        "out; use ddp or fsdp, or compile=false",
     ),
     Rule(
         "train.activation_checkpointing",

@@ -180,7 +180,7 @@ def _levers(failure: Failure, recipe: Recipe, budget: int, world: int) -> Iterat
             yield f"train.tokens_per_microbatch={smaller} (now {budget}): the same result, a little slower"
         if recipe.data.batches == "padded":
             yield "data.batches=padding-free (now padded): the same result, no memory for padding"
-        if train.activation_checkpointing == "none":
+        if train.activation_checkpointing == "none" and parallel.tensor == 1:
             yield "train.activation_checkpointing=selective: the same result, half of the activations, a little slower"
         if train.activation_checkpointing != "full":
             yield "train.activation_checkpointing=full: the same result, about a third more time"
@@ -193,7 +193,7 @@ def _levers(failure: Failure, recipe: Recipe, budget: int, world: int) -> Iterat
         yield "adapter.kind=lora (now none): gradients and optimizer state of a small part of the weights only"
     elif recipe.quantization.kind == "none":
         yield "quantization.kind=nf4 (now none): a quarter of a bfloat16 base's memory"
-    if recipe.optim.state == "float32":
+    if recipe.optim.state == "float32" and parallel.tensor == 1 and not parallel.strategy.startswith("zero"):
         yield "optim.state=int8 (now float32): a quarter of the optimizer state"
     if parallel.strategy in ("none", "ddp"):
         more = "" if world > 1 else "torchrun with several GPUs and "
