@@ -66,11 +66,11 @@ class Adapter(Section):
 
 
 class Quantization(Section):
-    """A frozen base held in few bits, by bitsandbytes; adapters are trained over it (QLoRA, Dettmers et al. 2023)."""
+    """A frozen base held in few bits; adapters are trained over it (QLoRA, Dettmers et al. 2023)."""
 
     kind: Literal["none", "nf4", "int8", "fp8"] = "none"
-    """nf4: 4-bit NormalFloat in blocks of 64. int8: LLM.int8 (Dettmers et al. 2022). fp8: float8 e4m3 with a scale a
-    row; products run in float8 where the GPU has it."""
+    """nf4: 4-bit NormalFloat in blocks of 64. int8: a scale a row, for weights only. fp8: float8 e4m3, a scale a row;
+    products run in float8 where the GPU has it."""
     double: bool = True
     """nf4: quantize the scales too (0.4 bits a weight less)."""
 
