@@ -45,7 +45,7 @@ test-gpu: install ## Run the tests that need a CUDA device.
 	@$(BIN)/python -m pytest -m gpu -q $(ARGS)
 
 bench: bench-train-cpu ## Run every benchmark of this machine's CPU (hours; results in benchmarks/results/).
-	@for part in banking77 packing data_path sharded_loading lora_variants; do $(BIN)/python benchmarks/$$part.py; done
+	@for part in banking77 packing data_path sharded_loading lora_variants quantization; do $(BIN)/python benchmarks/$$part.py; done
 
 bench-train-cpu: install ## Time training beside TRL, Trainer and a plain loop. OUT=file.json
 	@$(BIN)/python benchmarks/train_cpu.py --minutes 25 $(if $(OUT),--out $(OUT)) $(ARGS)
