@@ -55,6 +55,7 @@ def support_page() -> str:
         "LoRA": {},
         "LoRA over nf4": {"quantization": "nf4"},
         "LoRA over int8": {"quantization": "int8"},
+        "LoRA over fp8": {"quantization": "fp8"},
         "full": {"adapter": "none"},
         "padded": {"batches": "padded"},
         "packed": {"batches": "packed"},

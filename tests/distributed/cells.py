@@ -3,7 +3,7 @@
     python cells.py CELLS.json OUT     (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 
 A cell is {"name", "model", "sections" of its recipe, "resume": name of the folder to continue, "stop": step to die
-after, "fused": whether the head makes the loss; by default on several ranks only, so that they are compared with one
+after, "fused": whether fused operations are in it; by default on several ranks only, so that they are compared with one
 rank's logits}. Rank 0 leaves OUT/NAME.safetensors (the first gradient, the final weights) and OUT/NAME.json (losses,
 norms).
 """
@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from ingot.assembly import hooked
 from ingot.data.encoded import IGNORE
 from ingot.data.plan import PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.data.template import Encoded
+from ingot.model import fused
 from ingot.model.adapters import attach_adapter, trainable_tensors
-from ingot.model.head import attach
 from ingot.model.load import KINDS
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.quantize import quantized
@@ -176,7 +177,7 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     if cell.get("fused", ranks.world > 1):
-        attach(model, "auto")
+        fused.apply(model, recipe.kernels, hooked=hooked(recipe.parallel, ranks))
     apply_activations(model, recipe.train, device)
     sharded = parallelize(model, ranks, recipe, device, getattr(torch, cell.get("dtype", "float32")))
     first: dict[str, Tensor] = {}

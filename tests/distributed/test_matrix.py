@@ -13,8 +13,8 @@ from ingot.parallel.rules import Cell, cells
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5  # of each loss, float32
 CELLS = list(cells())
-# The normal part: one of each (strategy, adapter, quantization but int8, offload, sharing), the batches in turn, and of
-# those that share lines or matrices only what differs in nothing else. The rest: slow part.
+# The normal part: one of each (strategy, adapter, quantization but int8 and fp8, offload, sharing), the batches in turn,
+# and of those that share lines or matrices only what differs in nothing else. The rest: slow part.
 _kinds: dict[tuple[Any, ...], list[Cell]] = {}
 for _cell in CELLS:
     _kinds.setdefault(
@@ -23,7 +23,7 @@ for _cell in CELLS:
 FEW = [
     cell
     for cell in (found[number % len(found)] for number, found in enumerate(_kinds.values()))
-    if cell.quantization != "int8" and (cell.context == cell.tensor == 1 or cell.offload == "none")
+    if cell.quantization not in ("int8", "fp8") and (cell.context == cell.tensor == 1 or cell.offload == "none")
 ]
 REST = [cell for cell in CELLS if cell not in FEW]
 

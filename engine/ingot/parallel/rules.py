@@ -236,7 +236,7 @@ def cells(**fixed: int | str) -> Iterator[Cell]:
     choices = product(
         STRATEGIES,
         ("lora", "none"),
-        ("none", "nf4", "int8"),
+        ("none", "nf4", "int8", "fp8"),
         ("padded", *LINES),
         ("none", "optimizer", "parameters"),
         sizes,
