@@ -127,12 +127,19 @@ def detach(model: nn.Module) -> None:
 
 
 def split_over(model: nn.Module, fused: FusedHead, group: torch.distributed.ProcessGroup) -> None:
-    """Attach `fused` again, detached while ranks of `group` cut the model. A head that was cut is left without: its
-    logits come out.
+    """Attach `fused` again, detached while ranks of `group` cut the model: they share the vocabulary where it was cut.
+
+    A head that has an adapter, or a vocabulary of no multiple of the ranks, is left without: logits come out.
     """
     module: Any = _head_of(fused.owner)
     if not isinstance(module.weight, DTensor):  # tied to what stays whole
         _install(module, fused.owner, fused.form, fused.impl)
+    elif (
+        not hasattr(module, "lora_A")
+        and getattr(fused.owner, SHIFT, None) is None
+        and module.weight.shape[0] % group.size() == 0
+    ):
+        _install(module, fused.owner, fused.form, fused.impl, group)
 
 
 def fused_head(model: nn.Module) -> FusedHead | None:
