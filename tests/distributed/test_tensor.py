@@ -132,7 +132,9 @@ def loaded(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dic
     return found
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "norms of heads", "biases", "experts", "tied to what is whole"])
+@pytest.mark.parametrize(
+    "name", ["lora", "lora on the head", "full", "norms of heads", "biases", "experts", "tied to what is whole"]
+)
 def test_a_rank_reads_its_part_and_steps_as_one_does(loaded: dict[str, Any], name: str) -> None:
     found = loaded[name]
     assert (found["weights"], found["buffers"], found["same trained"]) == (0, 0, True)
