@@ -71,7 +71,7 @@ def ran(compared: Any, trainer: ModuleType, tmp_path_factory: pytest.TempPathFac
     one_rank = {"parallel": {}}
     trainer.train(cell("begun by one", folder="handed to two", sections=one_rank, **CUT_OFF), folder / "many")
     more = [
-        cell("half", sections={"adapter": LORA}, dtype="bfloat16"),
+        cell("half", model={"vocab_size": 98}, sections={"adapter": LORA}, dtype="bfloat16"),
         cell("begun by two", folder="handed to one", **CUT_OFF),
         cell("taken over by two", folder="handed to two", resume=True, alone=True),
         *({**refused, "name": name, "fails": True} for name, (refused, _) in REFUSED.items()),
