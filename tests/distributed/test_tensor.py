@@ -105,7 +105,7 @@ def test_half_precision_differs_by_its_rounding(ran: Any, trainer: ModuleType) -
     assert curve["losses"] == pytest.approx(reference["losses"], abs=0.02)  # of 4.6; bfloat16 keeps 8 bits
     gradients = [key for key in expected if key.startswith("grad/")]
     difference = sum((found[key] - expected[key]).square().sum() for key in gradients) ** 0.5
-    assert difference / sum(expected[key].square().sum() for key in gradients) ** 0.5 < 0.1  # measured: 0.03
+    assert difference / sum(expected[key].square().sum() for key in gradients) ** 0.5 < 0.1  # measured: 0.06
     assert curve["same"]
 
 
