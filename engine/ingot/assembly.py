@@ -52,7 +52,7 @@ def check_build(recipe: Recipe, home: Path, ranks: Ranks, device: torch.device) 
     with torch.device("meta"):
         model = load_model(described, home, recipe.objective.task, ("one", "other"))
         model = adapters.attach_adapter(model, recipe.adapter, recipe.objective.task, 0)
-    fused.apply(model, recipe.kernels, hooked=hooked(recipe.parallel, ranks))
+    fuse(model, recipe, ranks)
 
 
 def build(
@@ -94,7 +94,7 @@ def build(
         progress.note("adapter.targets: the output head was tied to the embedding and now has its own weight")
     kernels = fused.Report()
     if cut:  # not where a trained model is only rebuilt
-        kernels = fused.apply(model, recipe.kernels, hooked=hooked(recipe.parallel, ranks))
+        kernels = fuse(model, recipe, ranks)
         for text in kernels.lines():
             progress.note(text)
         recompute.apply_activations(model, recipe.train, pick_device(read_ranks()))
@@ -128,7 +128,13 @@ def _whole_because(recipe: Recipe) -> str | None:
     return None
 
 
-def hooked(section: Parallel, ranks: Ranks) -> str | None:
+def fuse(model: nn.Module, recipe: Recipe, ranks: Ranks) -> fused.Report:
+    """`fused.apply` as `recipe` says, to a model that these ranks will share."""
+    tensor = recipe.parallel.tensor if ranks.world > 1 else 1
+    return fused.apply(model, recipe.kernels, hooked=_hooked(recipe.parallel, ranks), tensor=tensor)
+
+
+def _hooked(section: Parallel, ranks: Ranks) -> str | None:
     """Who hooks into single layers, so that several must not be computed at once."""
     if ranks.world == 1:
         return None

@@ -4,10 +4,11 @@
 
 A cell is {"name", "model", "sections" of its recipe, "resume": name of the folder to continue, "stop": step to die
 after, "fused": whether fused operations are in it; by default on several ranks only, so that they are compared with one
-rank's logits}. Rank 0 leaves OUT/NAME.safetensors (the first gradient, the final weights) and OUT/NAME.json (losses,
-norms).
+rank's logits, "carried": whether to measure what ranks exchange}. Rank 0 leaves OUT/NAME.safetensors (the first
+gradient, the final weights) and OUT/NAME.json (losses, norms).
 """
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -26,14 +28,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from ingot.assembly import hooked
+from ingot.assembly import fuse
 from ingot.data.encoded import IGNORE
 from ingot.data.plan import PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.data.template import Encoded
-from ingot.model import fused
 from ingot.model.adapters import attach_adapter, trainable_tensors
 from ingot.model.load import KINDS
 from ingot.model.pooling import MeanPoolClassifier
@@ -161,6 +164,40 @@ def same_on_all_ranks(model: nn.Module) -> bool:
     return torch.equal(least, most)
 
 
+class Carried(TorchDispatchMode):
+    """Sees what ranks exchange: elements of the largest tensor."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):  # its own operations come by, too
+            return NotImplemented
+        output = function(*args, **(kwargs or {}))
+        if function.namespace in ("c10d", "_c10d_functional"):
+            sizes = [leaf.numel() for leaf in tree_leaves((args, output)) if isinstance(leaf, Tensor)]
+            self.most = max(self.most, *sizes, 0)
+        return output
+
+
+def carried(sharded: Any) -> list[float]:
+    """Elements of the largest tensor that ranks exchange in each microbatch from now on, for each of its tokens."""
+    found: list[float] = []
+    forward, microbatch, tokens = sharded.forward, sharded.microbatch, [0]
+
+    def counted(**inputs: Any) -> Any:
+        tokens.append(inputs["input_ids"].numel())
+        return forward(**inputs)
+
+    @contextlib.contextmanager
+    def watched(*, last: bool) -> Iterator[None]:
+        with Carried() as seen, microbatch(last=last):
+            yield
+        found.append(seen.most / tokens[-1])
+
+    sharded.forward, sharded.microbatch = counted, watched
+    return found
+
+
 def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
     """Train a cell and leave what it did in `out`."""
     recipe = recipe_of(cell["sections"])
@@ -177,9 +214,10 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     if cell.get("fused", ranks.world > 1):
-        fused.apply(model, recipe.kernels, hooked=hooked(recipe.parallel, ranks))
+        fuse(model, recipe, ranks)
     apply_activations(model, recipe.train, device)
     sharded = parallelize(model, ranks, recipe, device, getattr(torch, cell.get("dtype", "float32")))
+    exchanged = carried(sharded) if cell.get("carried") else []
     first: dict[str, Tensor] = {}
     update = sharded.step
 
@@ -219,6 +257,7 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks = Ranks()) -> None:  # n
         save_file({**{f"grad/{name}": value for name, value in first.items()}, **weights}, out / f"{cell['name']}.st")
         curve = {
             "same": same,
+            "carried": max(exchanged, default=0.0),
             "losses": [info.loss for info in infos],
             "norms": [info.grad_norm for info in infos],
             "watched": [info.validation_loss for info in infos if info.validation_loss is not None],

@@ -2,8 +2,8 @@
 
     python preference_ranks.py CELLS.json OUT     (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 
-A cell is {"name", "sections" of its recipe}. Rank 0 leaves OUT/NAME.json: losses, norms, what validation measured, and
-dpo's reference.
+A cell is {"name", "sections" of its recipe, "model"}. Rank 0 leaves OUT/NAME.json: losses, norms, what validation
+measured, dpo's reference, and elements of the largest tensor that ranks exchanged, for each token.
 """
 
 import json
@@ -47,9 +47,9 @@ def pair_rows(n: int, seed: int) -> list[Encoded]:
     return rows
 
 
-def model_for(task: str) -> nn.Module:
+def model_for(task: str, **changes: Any) -> nn.Module:
     if task != "reward":
-        return cells.small_model("llama")
+        return cells.small_model("llama", **changes)
     torch.manual_seed(0)
     return LlamaForSequenceClassification(LlamaConfig(**cells.SMALL, num_labels=1))
 
@@ -57,12 +57,13 @@ def model_for(task: str) -> nn.Module:
 def train(cell: dict[str, Any], out: Path, ranks: Ranks) -> None:
     """Train a cell and leave what it did in `out`."""
     recipe = cells.recipe_of(cell["sections"])
-    model = attach_adapter(model_for(recipe.objective.task), recipe.adapter, recipe.objective.task, 0)
+    shape, task = cell.get("model", {}), recipe.objective.task
+    model = attach_adapter(model_for(task, **shape), recipe.adapter, task, 0)
     if ranks.world > 1:  # what it is compared with is computed from logits
         attach(model, "auto")
     sharded = parallelize(model, ranks, recipe, torch.device("cpu"), torch.float32)
     if recipe.objective.teacher:
-        sharded.teacher = cells.small_model("llama", intermediate_size=40).eval().requires_grad_(False)
+        sharded.teacher = cells.small_model("llama", intermediate_size=40, **shape).eval().requires_grad_(False)
         if ranks.world > 1:
             attach(sharded.teacher, "auto")
     make = cells.random_rows if recipe.objective.teacher else pair_rows
@@ -71,6 +72,7 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks) -> None:
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
     rows = with_reference(sharded, rows, recipe, folder, Progress(quiet=True), begun=False)
+    carried = cells.carried(sharded)
     infos: list[Any] = []
     fit(sharded, rows, recipe, Checkpoints(folder / "checkpoints", ranks, "hash", 1), on_step=(infos.append,))
     if not ranks.main:
@@ -79,6 +81,7 @@ def train(cell: dict[str, Any], out: Path, ranks: Ranks) -> None:
         "losses": [info.loss for info in infos],
         "norms": [info.grad_norm for info in infos],
         "watched": [info.validation_loss for info in infos if info.validation_loss is not None],
+        "carried": max(carried),
         "reference": [rows.train.rows[index].reference for index in range(30)],
     }
     (out / f"{cell['name']}.json").write_text(json.dumps(curve))

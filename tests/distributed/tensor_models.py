@@ -24,6 +24,7 @@ UNEVEN = {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48}
 # name: (ranks, strategy, kind and shape of the model, adapter)
 CASES: dict[str, tuple[int, str, str, dict[str, Any], dict[str, Any]]] = {
     "lora": (2, "ddp", "llama", {"tie_word_embeddings": True}, LORA),
+    "lora on the head": (2, "ddp", "llama", {"tie_word_embeddings": True}, {**LORA, "targets": ["lm_head", "q_proj"]}),
     "full": (2, "none", "llama", {}, FULL),
     "norms of heads": (2, "ddp", "qwen3", {"head_dim": 8}, FULL),
     "biases": (2, "ddp", "phi", {}, LORA),

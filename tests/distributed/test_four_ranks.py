@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 LORA = {"adapter": {"kind": "lora", "rank": 4}}
+HEAD = {"adapter": {"kind": "lora", "rank": 4, "targets": ["lm_head", "q_proj"]}}
+EVEN = {"vocab_size": 98, "tie_word_embeddings": False}  # ranks share the vocabulary, which is 97 elsewhere
 FEW = {"train": {"tokens_per_step": 10}}  # one row a step: all groups but one have nothing to add
 
 
@@ -16,7 +18,7 @@ def cell(
 ) -> dict[str, Any]:
     parallel = {"strategy": strategy, "context": context, "tensor": tensor, **more.pop("parallel", {})}
     sections = {"parallel": parallel, **more.pop("sections", {})}
-    model = {"kind": kind, **({"head_dim": 8} if kind == "qwen3" else {})}
+    model = {"kind": kind, **({"head_dim": 8} if kind == "qwen3" else {}), **more.pop("model", {})}
     return {"name": name, "model": model, "sections": sections, **more}
 
 
@@ -37,6 +39,10 @@ CELLS = [
     cell("rows and matrices, fsdp, adapters", "fsdp", tensor=2, sections=LORA),
     cell("rows and matrices, fsdp, few", "fsdp", tensor=2, sections=FEW),
     cell("rows and matrices, fsdp, norms of heads", "fsdp", tensor=2, kind="qwen3"),
+    cell("rows and matrices, of the vocabulary", "ddp", tensor=2, model=EVEN),
+    cell("rows and matrices, of the vocabulary, fsdp", "fsdp", tensor=2, model=EVEN),
+    cell("rows and matrices, of the vocabulary, fsdp, few", "fsdp", tensor=2, model=EVEN, sections={**FEW, **HEAD}),
+    cell("lines and matrices, of the vocabulary", "ddp", context=2, tensor=2, model=EVEN, sections=HEAD),
     cell("lines and matrices", "ddp", context=2, tensor=2),
     cell("lines and matrices, adapters", "ddp", context=2, tensor=2, sections=LORA),
     cell("lines and matrices, fsdp", "fsdp", context=2, tensor=2),

@@ -13,8 +13,8 @@ from ingot.parallel.rules import Cell, cells
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5  # of each loss, float32
 CELLS = list(cells())
-# The normal part: one of each (strategy, adapter, quantization but int8 and fp8, offload, sharing), the batches in turn,
-# and of those that share lines or matrices only what differs in nothing else. The rest: slow part.
+# The normal part: one of each (strategy, adapter, quantization but int8 and fp8, offload, sharing), the batches in
+# turn, and of those that share lines or matrices only what differs in nothing else. The rest: slow part.
 _kinds: dict[tuple[Any, ...], list[Cell]] = {}
 for _cell in CELLS:
     _kinds.setdefault(
@@ -44,7 +44,7 @@ def described(cell: Cell) -> dict[str, Any]:
     """`cell` as cells.py takes it."""
     return {
         "name": cell.name.replace(" ", "-"),
-        "model": {"kind": "llama"},
+        "model": {"kind": "llama", "vocab_size": 98},  # ranks that share matrices share the vocabulary, too
         "sections": {
             "data": {"batches": cell.batches},
             "adapter": {"kind": cell.adapter, "rank": 4},

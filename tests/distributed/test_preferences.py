@@ -27,10 +27,17 @@ def cell(name: str, objective: str, strategy: str, **sections: Any) -> dict[str,
         "parallel": {"strategy": strategy, **sections.pop("parallel", {})},
         "train": {"max_steps": 4, "evaluate_every_steps": 4, "tokens_per_step": 130, **sections.pop("train", {})},
     }
-    return {"name": name, "sections": {**base, **sections}}
+    return {"name": name, "model": sections.pop("model", {}), "sections": {**base, **sections}}
 
 
-QUICK = [*(cell(f"ddp {name}", name, "ddp") for name in OBJECTIVES), cell("ddp dpo muted", "dpo", "ddp", train=ONE_ROW)]
+TENSOR: dict[str, Any] = {"strategy": "ddp", "parallel": {"tensor": 2}}
+EVEN = {"vocab_size": 98, "tie_word_embeddings": False}  # ranks share the vocabulary, which is 97 elsewhere
+QUICK = [
+    *(cell(f"ddp {name}", name, "ddp") for name in OBJECTIVES),
+    cell("ddp dpo muted", "dpo", "ddp", train=ONE_ROW),
+    cell("tensor dpo of parts", "dpo", **TENSOR, model=EVEN),
+    cell("tensor dpo of parts lora", "dpo", **TENSOR, model=EVEN, adapter={**LORA, "targets": ["lm_head", "q_proj"]}),
+]
 LONG = [
     cell("ddp dpo padded lora", "dpo", "ddp", batches="padded", adapter=LORA),
     cell("ddp orpo muted", "orpo", "ddp", train=ONE_ROW),
@@ -39,9 +46,11 @@ LONG = [
     cell("fsdp dpo lora muted", "dpo", "fsdp", adapter=LORA, train=ONE_ROW),
     cell("zero2 dpo muted", "dpo", "zero2", train=ONE_ROW),
     cell("zero3 dpo", "dpo", "zero3", adapter=LORA),
-    cell("tensor dpo", "dpo", "ddp", parallel={"tensor": 2}),
-    cell("tensor reward", "reward", "ddp", parallel={"tensor": 2}),
-    cell("tensor distillation", "distillation", "ddp", parallel={"tensor": 2}),
+    cell("tensor dpo", "dpo", **TENSOR),
+    cell("tensor orpo of parts", "orpo", **TENSOR, model=EVEN),
+    cell("tensor reward", "reward", **TENSOR),
+    cell("tensor distillation", "distillation", **TENSOR),
+    cell("tensor distillation of parts", "distillation", **TENSOR, model=EVEN),
 ]
 
 
@@ -93,6 +102,8 @@ def test_two_ranks_train_as_one(name: str, quick: Any) -> None:
     same(found, expected)
     if "dpo" in name:
         assert all(chosen < 0 and rejected < 0 for chosen, rejected in expected["reference"])
+    if "of parts" in name:
+        assert found["carried"] == 32  # what a layer gives for a token: no logits are gathered
 
 
 @pytest.mark.slow

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from ingot.assembly import _whole_because, build, over_full_base, rebuilt
-from ingot.errors import CheckpointError
+from ingot.assembly import _whole_because, build, check_build, fuse, over_full_base, rebuilt
+from ingot.errors import CheckpointError, RecipeError
 from ingot.model.adapters import answers, save_adapter, tied_head, trainable_tensors
+from ingot.model.load import load_model
 from ingot.parallel.strategies import parallelize
 from ingot.progress import Progress as Quiet
 from ingot.ranks import Ranks
-from ingot.recipe import Recipe
+from ingot.recipe import Kernels, Recipe
 from ingot.recipe_io import parse_recipe
 from ingot.train.checkpoint import Checkpoints, Progress, step_name
 
@@ -101,6 +102,26 @@ def test_what_a_recipe_changes_in_a_model_is_said(model_folder: Path, tmp_path: 
     over = recipe_of(folder, kernels={"ops": "none"}, adapter={"kind": "lora"}, quantization={"kind": "int8"})
     build(over, tmp_path, (), Ranks(), Notes(quiet=True))
     assert said[1:] == ["quantization.kind=int8: 39% of the weights are fused experts and stay in full size"]
+
+
+@pytest.mark.parametrize("words", [97, 98])
+def test_ranks_that_share_matrices_are_told_of_a_head_that_they_cannot(
+    model_folder: Path, tmp_path: Path, words: int
+) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
+    LlamaConfig(vocab_size=words, num_key_value_heads=2, **shape).save_pretrained(tmp_path)
+    sections = {"model": {"initialization": "random"}, "kernels": {"ops": ["linear_cross_entropy"]}}
+    two, recipe = Ranks(0, 2, 0, 2), recipe_of(tmp_path, **sections, parallel={"strategy": "ddp", "tensor": 2})
+    if words == 98:
+        check_build(recipe, tmp_path, two, CPU)
+        return
+    with pytest.raises(RecipeError, match=r"parallel\.tensor = 2 does not divide its vocabulary of 97; leave it out"):
+        check_build(recipe, tmp_path, two, CPU)
+    auto = recipe.model_copy(update={"kernels": Kernels()})
+    model = load_model(recipe.model, tmp_path, "language-modeling")
+    assert "all left (parallel.tensor = 2 does not" in " ".join(fuse(model, auto, two).lines())
+    assert "linear_cross_entropy: 1 replaced" in " ".join(fuse(model, auto, Ranks()).lines())
 
 
 def test_distance_to_the_full_base_is_measured(model_folder: Path, tmp_path: Path) -> None:

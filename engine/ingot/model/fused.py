@@ -68,12 +68,13 @@ class Report:
         return {op: {"replaced": self.replaced[op], "left": self.left[op]} for op in OPS}
 
 
-def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None) -> Report:
+def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None, tensor: int = 1) -> Report:
     """Let `ingot_kernels` compute what `section.ops` names, wherever this model has a place for it; with adapters and
     quantization already in it, before it is spread over ranks or compiled.
 
     `hooked`: who puts hooks on single layers afterwards (zero3, tensor), which calls of several layers at once would
-    pass by. Raises RecipeError when an operation that a list names finds no place, and as `check` does.
+    pass by. `tensor`: ranks that will share each matrix. Raises RecipeError when an operation that a list names finds
+    no place, where `tensor` ranks cannot share the model, and as `check` does.
     """
     report = Report()
     if section.ops == "none":
@@ -95,7 +96,7 @@ def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None) -> R
         module.forward = partial(function, module, impl=section.impl)
         report.replaced[op].append(name)
     if "linear_cross_entropy" in wanted:
-        count, why = head.attach(model, section.impl)
+        count, why = head.attach(model, section.impl, tensor)
         if count:
             report.replaced["linear_cross_entropy"].append("the output head")
         else:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers.initialization import no_init_weights
 
 from ingot.model.lines import shrunk
+from ingot.model.split import style_of
 from ingot_kernels.dispatch import Impl
 from ingot_kernels.linear_cross_entropy import Head, LowRank, linear_cross_entropy_reference
 
@@ -96,10 +97,11 @@ class FusedHead:
         return Head(_local(layer.weight), bias, adapter, self.form.scale, self.form.softcap)
 
 
-def attach(model: nn.Module, impl: Impl) -> tuple[int, str | None]:
+def attach(model: nn.Module, impl: Impl, tensor: int = 1) -> tuple[int, str | None]:
     """Let the model's output head answer what is `asked`: (1, None), or (0, why it cannot).
 
-    Before ranks share the model; its weights may lie on the meta device. Adapters come before, compilation after.
+    Before ranks share the model, `tensor` of them each matrix; its weights may lie on the meta device. Adapters come
+    before, compilation after. Raises RecipeError where `tensor` ranks cannot share the model at all.
     """
     owner = _owner(model)
     module = _head_of(owner)
@@ -108,6 +110,9 @@ def attach(model: nn.Module, impl: Impl) -> tuple[int, str | None]:
     if isinstance(vars(module).get("forward"), FusedHead):
         return 1, None
     reason = _unfit(module)
+    if reason is None and tensor > 1:
+        style = style_of(model, module, tensor)  # None: it is tied to what stays whole
+        reason = None if style is None else _unshared(owner, module, style.startswith("colwise"), tensor)
     if reason is not None:
         return 0, reason
     form = trial(type(owner), owner.config)
@@ -127,12 +132,15 @@ def detach(model: nn.Module) -> None:
 
 
 def split_over(model: nn.Module, fused: FusedHead, group: torch.distributed.ProcessGroup) -> None:
-    """Attach `fused` again, detached while ranks of `group` cut the model. A head that was cut is left without: its
-    logits come out.
+    """Attach `fused` again, detached while ranks of `group` cut the model: they share the vocabulary where it was cut.
+
+    A head that `attach` would not have taken for so many ranks is left without: logits come out.
     """
     module: Any = _head_of(fused.owner)
     if not isinstance(module.weight, DTensor):  # tied to what stays whole
         _install(module, fused.owner, fused.form, fused.impl)
+    elif _unshared(fused.owner, module, module.weight.placements == (Shard(0),), group.size()) is None:
+        _install(module, fused.owner, fused.form, fused.impl, group)
 
 
 def fused_head(model: nn.Module) -> FusedHead | None:
@@ -183,7 +191,8 @@ def _adapter(layer: Any) -> LowRank | None:
     if layer.disable_adapters or layer.merged or not names:
         return None
     [name] = names
-    return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+    a, b = layer.lora_A[name].weight, _local(layer.lora_B[name].weight)
+    return LowRank(a, b, float(layer.scaling[name]))
 
 
 def _unfit(module: Any) -> str | None:
@@ -199,6 +208,18 @@ def _unfit(module: Any) -> str | None:
             return "the output head's adapter drops inputs (adapter.dropout)"
     if type(layer) is not nn.Linear:
         return f"the output head is a {type(layer).__name__}, not a linear layer"
+    return None
+
+
+def _unshared(owner: Any, module: Any, by_words: bool, ranks: int) -> str | None:
+    """Why `ranks` that each hold a part of a head (`by_words`: of its vocabulary) cannot make a loss of it, or None."""
+    vocabulary = module.weight.shape[0]
+    if not by_words:
+        return f"parallel.tensor = {ranks} cuts the output head along hidden states"
+    if vocabulary % ranks:
+        return f"parallel.tensor = {ranks} does not divide its vocabulary of {vocabulary:,}"
+    if getattr(owner, SHIFT, None) is not None:
+        return f"parallel.tensor = {ranks} cuts the output head and leaves {SHIFT} whole"
     return None
 
 

@@ -22,12 +22,12 @@ from ingot.errors import RecipeError
 
 SUMMED = "replicated_with_grad_allreduce"
 # What an adapter's two factors (A: features in -> rank, B: rank -> features out) become beside a base layer of a style.
-# None: whole on every rank. Where the base layer takes and gives whole features, so does the adapter.
+# None: whole on every rank. Where the base layer takes or gives whole features, so does the adapter.
 FACTORS: dict[str, tuple[str | None, str | None]] = {
     "colwise": (None, "colwise"),
     "rowwise": ("rowwise", None),
-    "colwise_gather_output": (None, None),
-    "colwise_rep": (None, None),
+    "colwise_gather_output": (None, "colwise_gather_output"),
+    "colwise_rep": (None, "colwise_rep"),
     "rowwise_split_input": (None, None),
     "rowwise_rep": (None, None),
 }
@@ -93,6 +93,20 @@ def whole_because_tied(model: nn.Module, size: int) -> bool:
     styled = list(_styles(inner, plan))
     whole = _held_elsewhere(inner, styled)
     return any(id(p) in whole for _, module, _ in styled for p in module.parameters(recurse=False))
+
+
+def style_of(model: nn.Module, module: nn.Module, size: int) -> str | None:
+    """How `split` cuts the parameters of `module`, a layer or an adapted one; None: they stay whole.
+
+    Raises RecipeError where `size` ranks cannot follow the model's plan.
+    """
+    inner, plan = planned(model, size)
+    styled = list(_styles(inner, plan))
+    whole = _held_elsewhere(inner, styled)
+    for _, other, style in styled:
+        if other in (module, getattr(module, "base_layer", None)):
+            return None if any(id(p) in whole for p in other.parameters(recurse=False)) else style
+    return None
 
 
 def _styles(inner: PreTrainedModel, plan: dict[str, str]) -> Iterator[tuple[str, nn.Module, str | None]]:

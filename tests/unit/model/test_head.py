@@ -175,6 +175,34 @@ def test_adapters_that_it_cannot_compute_are_named(adapter: dict[str, Any], reas
     assert (number, reason in str(said)) == (0, True)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "changes", "reason"),
+    [
+        (1, {}, None),
+        (2, {}, "parallel.tensor = 2 does not divide its vocabulary of 97"),
+        (2, {"vocab_size": 98}, None),
+        (4, {"vocab_size": 98, "num_key_value_heads": 4}, "parallel.tensor = 4 does not divide its vocabulary of 98"),
+    ],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_ranks_share_a_vocabulary_evenly(
+    ranks: int, changes: dict[str, int], reason: str | None, adapted: bool
+) -> None:
+    model = model_of("llama", **changes)
+    if adapted:
+        model = attach_adapter(model, Adapter(rank=4, targets=["lm_head"]), "language-modeling", 0)
+    assert attach(model, "auto", ranks) == (0 if reason else 1, reason)
+
+
+def test_a_head_that_stays_whole_or_is_cut_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt_neox", **SHAPE, tie_word_embeddings=True)
+    assert attach(AutoModelForCausalLM.from_config(config), "auto", 2) == (1, None)  # tied to what no plan cuts
+    model = model_of("llama", vocab_size=98)
+    monkeypatch.setitem(model._tp_plan, "lm_head", "rowwise_split_input")
+    assert attach(model, "auto", 2) == (0, "parallel.tensor = 2 cuts the output head along hidden states")
+
+
 def test_models_without_a_vocabulary_have_none() -> None:
     config = AutoConfig.for_model("bert", **SHAPE)
     model = KINDS["token-classification"].from_config(config)
