@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from truth import DEVICES, check_against_truth, half_of
+from truth import DEVICES, check_against_truth, half_of, poison
 
 from ingot_kernels import cross_entropy, head
 from ingot_kernels import linear_cross_entropy as module
@@ -156,23 +156,6 @@ def test_strided_and_expanded_inputs(trainable: bool, impl: Any) -> None:
     for given, turn in ((turned, True), (row, False)):
         ours = both(linear_cross_entropy, turn, impl=impl, chunk_bytes=CHUNK)
         check_against_truth(ours, both(linear_cross_entropy_reference, turn), given)
-
-
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, and buffers are not kept."""
-
-    def filled(function: Any) -> Any:
-        def make(*a: Any, **k: Any) -> Tensor:
-            made: Tensor = function(*a, **k)
-            return made.fill_(torch.nan) if made.is_floating_point() else made
-
-        return make
-
-    own = head.workspace
-    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(place, name, filled(getattr(place, name)))
-    for place in (head, cross_entropy):
-        monkeypatch.setattr(place, "workspace", filled(own))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
