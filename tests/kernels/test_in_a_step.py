@@ -28,7 +28,8 @@ def added(x: Tensor, residual: Tensor, weight: Tensor, eps: float, mode: Any) ->
 
 def turned(function: Callable[..., Any], q: Tensor, k: Tensor, *norms: Tensor, **more: Any) -> Any:
     """Ten of the features of each head."""
-    return function(q, k, ANGLES.cos().to(q.dtype), ANGLES.sin().to(q.dtype), norms, EPS, **more)
+    cos, sin = ANGLES[:, : q.shape[1]].cos(), ANGLES[:, : q.shape[1]].sin()
+    return function(q, k, cos.to(q.dtype), sin.to(q.dtype), norms, EPS, **more)
 
 
 class Op(NamedTuple):
@@ -55,7 +56,7 @@ OPS = {
         2,
     ),
     "qk_rope": Op(
-        partial(turned, qk_rope), partial(turned, qk_rope_reference), ((2, 3, 3, 14), (2, 3, 1, 14), (14,), (14,)), 2
+        partial(turned, qk_rope), partial(turned, qk_rope_reference), ((2, 2, 2, 14), (2, 2, 1, 14), (14,), (14,)), 2
     ),
     "swiglu": Op(swiglu, gated_reference, ((5, 67), (5, 67)), 2),
     "geglu": Op(geglu, partial(gated_reference, act="gelu_tanh"), ((5, 67), (5, 67)), 2),
@@ -68,10 +69,17 @@ def leaves_of(op: Op, seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, requires_grad=True) for shape in op.shapes]
 
 
+def listed(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def uneven(like: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, like.numel()).view(like.shape)
+
+
 def loss_of(found: Any) -> Tensor:
-    """Outputs weighted unevenly, in float32."""
-    outputs = [found] if isinstance(found, Tensor) else found
-    return sum((o.float() * torch.linspace(-1, 2, o.numel()).view(o.shape)).sum() for o in outputs)  # type: ignore[return-value]
+    """Outputs weighted unevenly."""
+    return torch.stack([(output * uneven(output)).sum() for output in listed(found)]).sum()
 
 
 @EACH
@@ -96,10 +104,13 @@ def test_gradients_add_up_and_are_recomputed(name: str, impl: str) -> None:
         for number, leaf in enumerate(leaves):
             expected = first[number] + (second[number] if number >= op.n_inputs else 0)
             torch.testing.assert_close(leaf.grad, expected)
-    loss = loss_of(run(*leaves))
+    outputs = listed(run(*leaves))
+    upstream = [uneven(output) for output in outputs]
     for _ in range(2):  # twice of what was kept
-        for gradient, expected in zip(torch.autograd.grad(loss, leaves, retain_graph=True), first, strict=True):
+        found = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+        for gradient, expected in zip(found, first, strict=True):
             torch.testing.assert_close(gradient, expected)
+    assert all(torch.equal(one, uneven(one)) for one in upstream), "the gradient of an output was overwritten"
     for leaf, copy in zip(leaves, copies, strict=True):
         assert torch.equal(leaf, copy)
 

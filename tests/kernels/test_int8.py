@@ -6,7 +6,7 @@ from truth import poison
 
 from ingot_kernels import fp8, int8
 
-SHAPES = [(7, 13), (1, 1), (64, 172), (0, 3)]
+SHAPES = [(7, 13), (1, 1), (64, 172), (2, 4099), (0, 3)]
 
 
 @pytest.mark.parametrize("kind", [int8, fp8], ids=["int8", "fp8"])

@@ -324,7 +324,7 @@ def test_vocabulary_of_two_ranks(reduction: str, trainable: str, impl: str, on_r
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_head_under_fsdp2_is_that_of_one_rank(reduction: str, on_ranks: dict[str, Any]) -> None:
+def test_operations_under_fsdp2_are_those_of_one_rank(reduction: str, on_ranks: dict[str, Any]) -> None:
     assert max(on_ranks[f"fsdp {reduction}"]) < 1e-5
 
 
