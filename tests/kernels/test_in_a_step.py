@@ -135,6 +135,13 @@ def test_activations_of_autocast_beside_weights_in_float32(name: str, impl: str)
     check_against_truth(partial(op.run, impl=impl), op.reference, tensors)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_half_of_a_layer_is_added_to_a_float32_residual(impl: Any) -> None:
+    op = OPS["add_rms_norm"]
+    x, residual, weight = leaves_of(op)
+    check_against_truth(partial(op.run, impl=impl), op.reference, [x.half(), residual, weight])
+
+
 def block(add_norm: Any, norm: Any, rope: Any, silu: Any, gelu: Any, head: Any) -> Callable[..., Tensor]:
     """All operations in a row: x and residual [6, 24] and weights -> a loss."""
 
