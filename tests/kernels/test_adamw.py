@@ -149,6 +149,18 @@ def test_bits_do_not_depend_on_the_cut() -> None:
     assert torch.equal(random_bits(torch.empty(4, 7), 6 * 7, 99), whole[6:])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_of_a_whole_are_rounded_as_in_it(impl: Any) -> None:
+    weight, grad = torch.ones(6, 7, dtype=torch.bfloat16), torch.ones(6, 7)
+    found = []
+    for rows in (slice(0, 6), slice(4, 6)):
+        part, moments = weight[rows].clone(), [moment(grad[rows].shape, signed=s, eight=False) for s in (True, False)]
+        adamw(part, grad[rows], *moments, update(1, key=99, start=rows.start * 7), impl=impl)
+        found.append(part)
+    assert torch.equal(found[0][4:], found[1])
+    assert found[0][:2].ne(found[1]).any()
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_small_steps_are_lost_unless_rounded_at_random(stochastic: bool) -> None:
     parameter = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
