@@ -346,15 +346,17 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
     R, K, G, grad_scale, few, more, kept, less, step_size, root, eps, start, key,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, EIGHT: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
-    """ROWS groups of WIDTH columns: one of each of so many rows. `few` = 1 - beta1, `more` = beta2, `less` = 1 - beta2.
+    """ROWS groups of WIDTH columns: one of each of so many rows, group by group. `few` = 1 - beta1, `more` = beta2,
+    `less` = 1 - beta2. One dimension of programs: of a second one a GPU has no more than 65,535.
 
     `codes` and `edges` hold the signed table and, 256 further on, the unsigned one.
     """
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH))[None, :]
+    own = tl.program_id(0) % G
+    row = (tl.program_id(0) // G * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (own * WIDTH + tl.arange(0, WIDTH))[None, :]
     mask = (row < R) & (column < K)
-    place, group = row * K + column, row * G + tl.program_id(1) + column * 0
-    first_mask = mask & (column == tl.program_id(1) * WIDTH)
+    place, group = row * K + column, row * G + own + column * 0
+    first_mask = mask & (column == own * WIDTH)
     gradient = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32) * grad_scale
     m = _decode(m_ptr, m_scales_ptr, codes_ptr, place, group, mask, EIGHT)
     v = _decode(v_ptr, v_scales_ptr, codes_ptr + 256, place, group, mask, EIGHT)
@@ -378,7 +380,7 @@ def _triton(parameter: Tensor, grad: Tensor, first: Moment, second: Moment, upda
     G, (beta1, beta2) = groups_of(K), update.betas
     scales = [moment.values if moment.scales is None else moment.scales for moment in (first, second)]
     with device_of(parameter):
-        _adamw_kernel[triton.cdiv(R, rows), G](
+        _adamw_kernel[(triton.cdiv(R, rows) * G,)](
             parameter, grad, first.values, scales[0], second.values, scales[1], codes, edges,
             R, K, G, update.grad_scale, 1 - beta1, beta2, 1 - update.lr * update.weight_decay, 1 - beta2,
             update.step_size, update.root, update.eps, update.start, update.key or 3,

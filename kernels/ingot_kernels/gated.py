@@ -68,7 +68,7 @@ def _activated(gate: Tensor, act: Act) -> Tensor:
 
 def _launch(gate: Tensor, up: Tensor, grad: Tensor | None, act: Act) -> tuple[Tensor, Tensor]:
     """(act(gate) * up, nothing), or with `grad` the gradients of both."""
-    rows_of = [t.reshape(-1, t.shape[-1]) for t in (gate, up, *(() if grad is None else (grad,)))]
+    rows_of = [t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (gate, up, *(() if grad is None else (grad,)))]
     rows_of = [t if t.stride(-1) == 1 else t.contiguous() for t in rows_of]
     M, size = rows_of[0].shape
     first = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)

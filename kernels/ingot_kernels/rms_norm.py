@@ -30,7 +30,9 @@ def rms_norm_reference(x: Tensor, weight_H: Tensor | None, eps: float, mode: Mod
 
 
 def rms_norm(x: Tensor, weight_H: Tensor | None, eps: float, mode: Mode = "llama", *, impl: Impl = "auto") -> Tensor:
-    """x [..., H] normalized, in its type. A compiler gets the definition, which it fuses by itself."""
+    """x [..., H] normalized, in its type (llama: wider where the weight is). A compiler gets the definition, which it
+    fuses by itself.
+    """
     if torch.compiler.is_compiling():
         return rms_norm_reference(x, weight_H, eps, mode)
     output: Tensor = _Norm.apply(x, None, weight_H, eps, mode, uses_triton(impl, x))
@@ -99,7 +101,8 @@ def _backward(
     """dx = rstd (w dy - n mean(w dy n)) + what reaches the sum by itself; dw = sum over rows of dy n."""
     wide, size = rstd.dtype, max(x.shape[-1], 1)
     grad_n = grad.to(wide) if weight is None else grad * ((1 + weight.to(wide)) if mode == "gemma" else weight.to(wide))
-    pull = torch.linalg.vecdot(grad_n, x.to(wide)).unsqueeze(-1).mul_(rstd.pow(3) / size)
+    with torch.autocast(x.device.type, enabled=False):  # it would take this product in its own type
+        pull = torch.linalg.vecdot(grad_n, x.to(wide)).unsqueeze(-1).mul_(rstd.pow(3) / size)
     dx = (grad_n.mul_(rstd) if grad_n is not grad else grad_n * rstd).sub_(x * pull)
     if grad_total is not None:
         dx += grad_total
@@ -107,12 +110,12 @@ def _backward(
         return dx.to(x.dtype), None
     assert weight is not None
     normed = x * rstd if mode == "gemma" else (x * rstd).to(x.dtype)
-    dweight = (grad * normed).reshape(-1, x.shape[-1]).sum(0, dtype=wide)
+    dweight = _rows(grad * normed).sum(0, dtype=wide)
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]).contiguous()
 
 
 def _launch_forward(
@@ -121,7 +124,8 @@ def _launch_forward(
     x_MH = _rows(x)
     residual_MH = x_MH if residual is None else _rows(residual)
     M, H = x_MH.shape
-    y_MH = torch.empty_like(x_MH)
+    kind = x.dtype if weight is None or mode == "gemma" else torch.promote_types(x.dtype, weight.dtype)
+    y_MH = torch.empty_like(x_MH, dtype=kind)
     total_MH = x_MH if residual is None else torch.empty_like(x_MH)
     rstd_M = torch.empty(M, dtype=torch.float32, device=x.device)
     if M and H:
@@ -181,7 +185,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     n = v * r
     if WEIGHTED:
         w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-        n = n * (1.0 + w) if GEMMA else n.to(y.dtype.element_ty).to(tl.float32) * w
+        n = n * (1.0 + w) if GEMMA else n.to(x.dtype.element_ty).to(tl.float32) * w
     tl.store(y + place, n.to(y.dtype.element_ty), mask=inside)
 
 

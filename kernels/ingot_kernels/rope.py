@@ -44,8 +44,8 @@ def qk_rope_reference(
     [B, T, Gk, D]. `norms`: weights [D] of the normalization of each head, before it is turned.
     """
     if norms is not None:
-        q_BTGD = rms_norm_reference(q_BTGD, norms[0], eps, mode)
-        k_BTGD = rms_norm_reference(k_BTGD, norms[1], eps, mode)
+        q_BTGD = rms_norm_reference(q_BTGD, norms[0], eps, mode).to(q_BTGD.dtype)
+        k_BTGD = rms_norm_reference(k_BTGD, norms[1], eps, mode).to(k_BTGD.dtype)
     q, k = q_BTGD.transpose(1, 2), k_BTGD.transpose(1, 2)
     return (
         rope_reference(q, cos_BTP, sin_BTP, interleaved=interleaved),
@@ -65,7 +65,8 @@ def qk_rope(
     interleaved: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """As the reference; the results are [B, G, T, D] views of memory in the order of tokens, as attention reads lines.
+    """As the reference, in the projections' type whatever that of angles and norms; the results are [B, G, T, D] views
+    of memory in the order of tokens, as attention reads lines.
 
     Packed rows need nothing of their own: cos and sin are those of each token's position. A compiler gets the
     definition, which it fuses by itself.
@@ -157,7 +158,7 @@ def _turn_all(
         out_u.addcmul_(v, sin_u, value=-1)
         out_v.addcmul_(u, sin_v)
     head = head.to(dtype)
-    return (head if turned == x.shape[-1] else torch.cat([head, x[..., turned:]], dim=-1)), rstd
+    return (head if turned == x.shape[-1] else torch.cat([head, x[..., turned:].to(dtype)], dim=-1)), rstd
 
 
 def _launch(
@@ -191,7 +192,8 @@ def _turn_kernel(  # type: ignore[no-untyped-def]
     """All heads of a token: angles are read once."""
     place = tl.program_id(0).to(tl.int64)
     batch, token = place // T, place % T
-    heads, pairs = tl.arange(0, HEADS), tl.arange(0, HALF)
+    # 64 bits: heads of a gradient may lie a whole sequence apart.
+    heads, pairs = tl.arange(0, HEADS).to(tl.int64), tl.arange(0, HALF)
     first, second = pairs, pairs + half
     if INTERLEAVED:
         first, second = 2 * pairs, 2 * pairs + 1

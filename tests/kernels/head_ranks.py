@@ -22,6 +22,7 @@ import forked
 
 from ingot.ranks import Ranks
 from ingot_kernels import cross_entropy
+from ingot_kernels.gated import swiglu
 from ingot_kernels.linear_cross_entropy import (
     IGNORE,
     Head,
@@ -29,6 +30,8 @@ from ingot_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from ingot_kernels.rms_norm import add_rms_norm
+from ingot_kernels.rope import qk_rope
 
 N, H, V, R = 13, 8, 38, 3
 FORM: dict[str, float] = {"label_smoothing": 0.1, "z_loss": 0.02}
@@ -89,12 +92,20 @@ class Graded(nn.Linear):
 
 
 class Tiny(nn.Module):
+    """Every operation with weights that ranks hold parts of, and a head."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.head = nn.Linear(H, H), Graded(H, V, bias=False)
+        self.norm, self.heads = nn.RMSNorm(H), nn.RMSNorm(H // 2)
+        self.body, self.head = nn.Linear(H, 2 * H), Graded(H, V, bias=False)
 
     def forward(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        loss: Tensor = self.head(self.body(x).tanh(), targets, reduction)
+        normed, total = add_rms_norm(x, x.flip(1), self.norm.weight, 0.1)
+        gate, up = self.body(normed).chunk(2, dim=-1)
+        q, k = (t.view(1, -1, 2, H // 2) for t in (swiglu(gate, up), total))
+        angle = torch.arange(4.0).expand(1, q.shape[1], 4)
+        q, k = qk_rope(q, k, angle.cos(), angle.sin(), (self.heads.weight, self.heads.weight), 0.1)
+        loss: Tensor = self.head((q * k).transpose(1, 2).reshape(-1, H), targets, reduction)
         return loss
 
 
@@ -120,7 +131,7 @@ def fsdp(rank: int, reduction: str) -> float:
     for parameter in many.parameters():
         assert isinstance(parameter.grad, DTensor)
         found.append(parameter.grad.full_tensor() * 2)
-    return difference(found, [p.grad for p in one.parameters() if p.grad is not None])
+    return difference(found, [p.grad for p in one.parameters()])
 
 
 def whole_graph(rank: int) -> str:

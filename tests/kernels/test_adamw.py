@@ -7,7 +7,7 @@ import bitsandbytes.functional as other
 import pytest
 import torch
 from torch import Tensor, nn
-from truth import DEVICES
+from truth import DEVICES, poison
 
 from ingot_kernels import adamw as module
 from ingot_kernels.adamw import AdamW, Moment, adamw, dequantize, groups_of, key_of, quantize, random_bits
@@ -149,6 +149,18 @@ def test_bits_do_not_depend_on_the_cut() -> None:
     assert torch.equal(random_bits(torch.empty(4, 7), 6 * 7, 99), whole[6:])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_of_a_whole_are_rounded_as_in_it(impl: Any) -> None:
+    weight, grad = torch.ones(6, 7, dtype=torch.bfloat16), torch.ones(6, 7)
+    found = []
+    for rows in (slice(0, 6), slice(4, 6)):
+        part, moments = weight[rows].clone(), [moment(grad[rows].shape, signed=s, eight=False) for s in (True, False)]
+        adamw(part, grad[rows], *moments, update(1, key=99, start=rows.start * 7), impl=impl)
+        found.append(part)
+    assert torch.equal(found[0][4:], found[1])
+    assert found[0][:2].ne(found[1]).any()
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_small_steps_are_lost_unless_rounded_at_random(stochastic: bool) -> None:
     parameter = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
@@ -223,15 +235,38 @@ def test_small_tensors_and_vectors_keep_float32() -> None:
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in parameters)
 
 
-def test_what_is_not_contiguous_is_updated_too() -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_is_not_contiguous_is_updated_too(impl: Any) -> None:
     torch.manual_seed(0)
     weight, grad = torch.randn(6, 300), torch.randn(6, 300)
     turned = weight.t().contiguous().t()
     expanded = grad[:1].expand(6, 300)
     for one in (weight, turned):
         moments = moment((6, 300), signed=True), moment((6, 300), signed=False)
-        adamw(one, expanded, *moments, update(1), impl="torch")
+        adamw(one, expanded, *moments, update(1), impl=impl)
     assert torch.equal(weight, turned)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("eight", [True, False])
+def test_what_is_around_changes_nothing(eight: bool, impl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Portions of two rows, memory that nobody wrote, and autocast."""
+    options = {"dtype": torch.bfloat16, "key": 12345, "eight": eight}
+    weight, *moments = run((5, 300), impl, **options)
+    poison(monkeypatch)
+    monkeypatch.setattr(module, "PORTION", 600)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, *others = run((5, 300), impl, **options)
+    assert torch.equal(found, weight)
+    for one, two in zip(others, moments, strict=True):
+        assert torch.equal(one.values, two.values)
+        assert one.scales is None or torch.equal(one.scales, two.scales)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_nothing_to_update(shape: tuple[int, int], impl: Any) -> None:
+    assert run(shape, impl)[0].shape == shape
 
 
 FAULTS = {

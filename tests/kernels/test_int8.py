@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from truth import poison
 
 from ingot_kernels import fp8, int8
 
-SHAPES = [(7, 13), (1, 1), (64, 172), (0, 3)]
+SHAPES = [(7, 13), (1, 1), (64, 172), (2, 4099), (0, 3)]
 
 
 @pytest.mark.parametrize("kind", [int8, fp8], ids=["int8", "fp8"])
@@ -23,6 +24,19 @@ def test_is_the_reference(kind, impl, dtype, shape):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
     else:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [int8, fp8], ids=["int8", "fp8"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strided_parts_and_memory_of_its_own(kind, impl, dtype, monkeypatch):
+    packed, scales = kind.quantize(torch.randn(7, 13, generator=torch.manual_seed(0)))
+    expected = kind.dequantize_reference(packed, scales, dtype)
+    turned, every_other = packed.t().contiguous().t(), torch.stack([scales, scales * 2], 1)[:, 0]
+    poison(monkeypatch)
+    assert torch.equal(kind.dequantize(turned, every_other, dtype, impl=impl), expected)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        kind.dequantize(packed, scales, dtype, torch.empty(13, 7, dtype=dtype).t(), impl=impl)
 
 
 def test_int8_rounds_each_row_to_half_a_step():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from truth import DEVICES, check_against_truth, half_of
+from truth import DEVICES, check_against_truth, half_of, poison
 
 from ingot_kernels import cross_entropy, head
 from ingot_kernels import linear_cross_entropy as module
@@ -158,23 +158,6 @@ def test_strided_and_expanded_inputs(trainable: bool, impl: Any) -> None:
         check_against_truth(ours, both(linear_cross_entropy_reference, turn), given)
 
 
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, and buffers are not kept."""
-
-    def filled(function: Any) -> Any:
-        def make(*a: Any, **k: Any) -> Tensor:
-            made: Tensor = function(*a, **k)
-            return made.fill_(torch.nan) if made.is_floating_point() else made
-
-        return make
-
-    own = head.workspace
-    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(place, name, filled(getattr(place, name)))
-    for place in (head, cross_entropy):
-        monkeypatch.setattr(place, "workspace", filled(own))
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reads_nothing_that_it_did_not_write(dtype: torch.dtype, impl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,9 +280,9 @@ def test_compiled_equals_eager(reduction: str, trainable: bool) -> None:
     for rows in (None, (targets != IGNORE).nonzero()[:, 0]):
         ours = call(linear_cross_entropy, targets, ALL, frozen, reduction=reduction, rows_M=rows, chunk_bytes=CHUNK)
         compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-        check_against_truth(
-            compiled, call(linear_cross_entropy_reference, targets, ALL, frozen, reduction=reduction), given
-        )
+        plain = call(linear_cross_entropy_reference, targets, ALL, frozen, reduction=reduction)
+        upstream = torch.linspace(-1, 2, N) if reduction == "none" else torch.tensor(1.5)
+        check_against_truth(compiled, plain, given, [upstream])
     torch._dynamo.reset()
 
 
@@ -341,7 +324,7 @@ def test_vocabulary_of_two_ranks(reduction: str, trainable: str, impl: str, on_r
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_head_under_fsdp2_is_that_of_one_rank(reduction: str, on_ranks: dict[str, Any]) -> None:
+def test_operations_under_fsdp2_are_those_of_one_rank(reduction: str, on_ranks: dict[str, Any]) -> None:
     assert max(on_ranks[f"fsdp {reduction}"]) < 1e-5
 
 

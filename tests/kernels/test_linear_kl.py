@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from truth import DEVICES, check_against_truth
+from truth import DEVICES, check_against_truth, poison
 
 from ingot_kernels import head as shared
 from ingot_kernels import linear_kl as module
@@ -133,15 +133,7 @@ def test_strided_and_expanded_inputs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reads_nothing_that_it_did_not_write(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def filled(function: Any) -> Any:
-        def make(*a: Any, **k: Any) -> Tensor:
-            made: Tensor = function(*a, **k)
-            return made.fill_(torch.nan) if made.is_floating_point() else made
-
-        return make
-
-    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"), (shared, "workspace")):
-        monkeypatch.setattr(place, name, filled(getattr(place, name)))
+    poison(monkeypatch)
     for width in (29, V, TAUGHT_V):
         for trainable in (False, True):
             check(*drawn(width, dtype), ALL, trainable, rows_of(), chunk_bytes=CHUNK)

@@ -3,6 +3,7 @@
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from truth import poison
 
 from ingot_kernels import nf4
 from ingot_kernels.codes import dynamic_codes
@@ -37,6 +38,29 @@ def test_dequantizes_to_the_bits_of_bitsandbytes(shape, double, impl, dtype):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
     else:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("double", [True, False])
+def test_strided_parts_and_memory_of_its_own(impl, double, monkeypatch):
+    """In portions of few bytes, as a large weight is."""
+    weight = torch.randn(50, 33, generator=torch.manual_seed(0))
+    parts = nf4.quantize(weight.t().contiguous().t(), double)
+    assert all(torch.equal(a, b) for a, b in zip(parts, nf4.quantize(weight, double), strict=True) if a is not None)
+    strided = [t if t is None else torch.stack([t, t + 1], 1)[:, 0] for t in parts]
+    monkeypatch.setattr(nf4, "CHUNK", 64)
+    poison(monkeypatch)
+    for dtype in (torch.float32, torch.float16):
+        expected = nf4.dequantize_reference(*parts, (50, 33), dtype)
+        assert torch.equal(nf4.dequantize(*strided, (50, 33), dtype, impl=impl), expected)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        nf4.dequantize(*parts, (50, 33), torch.float32, torch.empty(33, 50).t(), impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_weight_without_elements(impl):
+    parts = nf4.quantize(torch.empty(0, 3))
+    assert nf4.dequantize(*parts, (0, 3), torch.bfloat16, impl=impl).shape == (0, 3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ingot_kernels import cross_entropy, head
+
 Function = Callable[..., Any]
 # Devices that kernels run on: the CPU by Triton's interpreter (tests/conftest.py switches it on), and a GPU.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -57,3 +59,20 @@ def check_against_truth(
         error, allowed = ((part.double() - true).abs().max().item() for part in (own, other))
         limit = factor * allowed + ROUNDING[own.dtype] * size
         assert error <= limit, f"result {number} is {error:.3g} from the truth (size {size:.3g}), torch {allowed:.3g}"
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let uninitialised memory hold NaN, or the largest integer, and keep no buffers between calls."""
+
+    def filled(function: Function) -> Function:
+        def make(*a: Any, **k: Any) -> Tensor:
+            made: Tensor = function(*a, **k)
+            return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
+
+        return make
+
+    own = head.workspace
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(place, name, filled(getattr(place, name)))
+    for place in (head, cross_entropy):
+        monkeypatch.setattr(place, "workspace", filled(own))
