@@ -81,7 +81,7 @@ def table(report: dict[str, Any]) -> str:
     for name, found in report["recipes"].items():
         lines += ["", f"## {name}, {report['steps']} steps of the same rows", ""]
         lines += [
-            "| base | bits a weight | validation loss | beside the full base | farthest of its curve | merged (1) | (2) |"
+            "| base | bits a weight | validation loss | beside the full | farthest of the curve | merged (1) | (2) |"
         ]
         lines += ["|---|---|---|---|---|---|---|"]
         lines += [_line(kind, numbers, found["none"]["validation"]) for kind, numbers in found.items()]
