@@ -1,5 +1,10 @@
 """Linear layers with adapters under torch.compile: one operation, over plain and quantized bases; and FSDP2's ranks."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,3 +242,25 @@ def test_layers_of_a_shape_are_compiled_once(kind: str, dynamic: bool) -> None:
     found = torch.autograd.grad(layers(x).sum(), [x, *(p for p in layers.parameters() if p.requires_grad)])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+# --- ranks
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One launch for all cases of two ranks: case -> the largest difference on rank 0 and 1."""
+    folder, here = tmp_path_factory.mktemp("ranks"), Path(__file__).resolve()
+    roots = os.pathsep.join(str(here.parents[2] / name) for name in ("engine", "kernels"))
+    env = os.environ | {"PYTHONPATH": roots, "OMP_NUM_THREADS": "1"}
+    strict = ("-W", "error", "-W", "ignore:The .grad attribute")  # torch's own, where it looks at a block's input
+    command = [sys.executable, *strict, str(here.with_name("lora_ranks.py")), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return {case: [found[case] for found in seen] for case in seen[0]}
+
+
+@pytest.mark.parametrize("case", ["plain", "nf4", "int8", "fp8", "plain compiled", "nf4 compiled"])
+def test_gradients_under_fsdp2_are_those_of_one_rank(case: str, on_ranks: dict[str, Any]) -> None:
+    assert max(on_ranks[case]) < 1e-5
