@@ -11,6 +11,7 @@ M rows of the activation, K inputs, N outputs, R rank. The base is frozen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ingot_kernels.dispatch import Impl, uses_triton
+from ingot_kernels.quantized import PARTS, Quantized
 
 
 class Base(Protocol):
@@ -34,6 +36,10 @@ class Base(Protocol):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """W [N, K]."""
+        ...
+
+    def parts(self) -> Quantized | None:
+        """The same as plain values, for compiled callers. None: there is no such form, and they get the definition."""
         ...
 
 
@@ -91,7 +97,8 @@ def lora_linear(x: Tensor, projections: Sequence[Projection], *, impl: Impl = "a
     training only: pass 0 otherwise. Saved for the backward pass are x and x A^T.
 
     `impl` chooses nothing here: all of it is products, and libraries' are as fast as Triton's are at these sizes.
-    DoRA and compiled callers get the definition: the norms need W + f B A whole, and a compiler fuses by itself.
+    Compiled callers get one operation that the compiler does not look into. DoRA gets the definition: the norms need
+    W + f B A whole.
     """
     uses_triton(impl, x)
     kind = x.device.type
@@ -99,8 +106,10 @@ def lora_linear(x: Tensor, projections: Sequence[Projection], *, impl: Impl = "a
         x = x.to(torch.get_autocast_dtype(kind))
     weighed = any(adapter.magnitude is not None for projection in projections for adapter in projection.adapters)
     with torch.autocast(kind, enabled=False):
-        if weighed or torch.compiler.is_compiling():
+        if weighed:
             return lora_linear_reference(x, [_cast(projection, x.dtype) for projection in projections])
+        if torch.compiler.is_compiling():
+            return _compiled(x, projections)
         tensors = [part for projection in projections for adapter in projection.adapters for part in adapter[:2]]
         outputs: tuple[Tensor, ...] = _Linears.apply(x, tuple(projections), *tensors)
         return outputs
@@ -112,32 +121,12 @@ def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
 
 
 class _Linears(torch.autograd.Function):
-    """All projections of one input. Each product with a base comes last and is added to what its adapters gave.
-
-    On a CPU the four orders that add in place are alike within the noise, and products added apart were the slowest at
-    every size, by 3 to 5 % in sum (benchmarks/results/lora_variants.md). This one keeps no second copy of the weight.
-    """
+    """All projections of one input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, projections: tuple[Projection, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        x_MK = x.reshape(-1, x.shape[-1])
-        ctx.projections, ctx.shape, ctx.states = projections, x.shape, []
-        downs: list[Tensor] = []  # x A^T [M, R] of every adapter
-        outputs = []
-        for projection in projections:
-            y_MN = None
-            for adapter in projection.adapters:
-                dropped = x_MK
-                if adapter.dropout:
-                    ctx.states.append(_generator(x.device).get_state())
-                    dropped = x_MK * _kept(x_MK, adapter.dropout, _generator(x.device))
-                downs.append(dropped @ adapter.a.to(x.dtype).t())
-                up_RN = (adapter.b * adapter.factor).to(x.dtype).t()
-                y_MN = downs[-1] @ up_RN if y_MN is None else y_MN.addmm_(downs[-1], up_RN)
-            y_MN = _product(x_MK, projection.weight, y_MN)
-            if projection.bias is not None:
-                y_MN += projection.bias.to(y_MN.dtype)
-            outputs.append(y_MN.view(*x.shape[:-1], y_MN.shape[-1]))
+        ctx.projections, ctx.states = projections, []
+        outputs, downs = _forward(x, projections, ctx.states)
         ctx.save_for_backward(x, *downs, *tensors)
         return tuple(outputs)
 
@@ -146,28 +135,79 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         n_adapters = len(saved) // 3
-        downs, tensors = saved[:n_adapters], saved[n_adapters:]
-        x_MK = x.reshape(-1, ctx.shape[-1])
-        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        states, found, number = iter(ctx.states), [], 0
-        dx_MK: Tensor | None = None
-        for projection, grad in zip(ctx.projections, grads, strict=True):
-            grad_MN = grad.reshape(-1, grad.shape[-1])
-            for adapter in projection.adapters:
-                a_RK, b_NR = tensors[2 * number], tensors[2 * number + 1]
-                grad_MR = grad_MN @ (b_NR * adapter.factor).to(x.dtype)
-                kept = _kept(x_MK, adapter.dropout, _again(next(states), x.device)) if adapter.dropout else None
-                input_MK = x_MK if kept is None else x_MK * kept
-                found.append((grad_MR.t() @ input_MK).to(a_RK.dtype) if needs[2 * number] else None)
-                db_NR = grad_MN.t() @ downs[number] if needs[2 * number + 1] else None
-                found.append(None if db_NR is None else db_NR.to(b_NR.dtype).mul_(adapter.factor))
-                if needs_x:
-                    dx_MK = _added(dx_MK, grad_MR, a_RK.to(x.dtype), kept)
-                number += 1
-            if needs_x:
-                dx_MK = _transposed_product(grad_MN, projection.weight, dx_MK)
-        dx = None if dx_MK is None else dx_MK.view(ctx.shape)
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+        dx, *found = _backward(x, ctx.projections, saved[:n_adapters], saved[n_adapters:], grads, needs, ctx.states)
         return dx, None, *found
+
+
+def _forward(x: Tensor, projections: Sequence[Projection], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs [..., N], x A^T [M, R] of every adapter). Where dropout is drawn its generator's state goes to `states`.
+
+    Each product with a base comes last and is added to what its adapters gave. On a CPU the four orders that add in
+    place are alike within the noise, and products added apart were the slowest at every size, by 3 to 5 % in sum
+    (benchmarks/results/lora_variants.md). This one keeps no second copy of the weight.
+    """
+    x_MK = x.reshape(-1, x.shape[-1])
+    outputs, downs = [], []
+    for projection in projections:
+        y_MN: Tensor | None = None
+        for adapter in projection.adapters:
+            dropped = x_MK
+            if adapter.dropout:
+                states.append(_generator(x.device).get_state())
+                dropped = x_MK * _kept(x_MK, adapter.dropout, _generator(x.device))
+            downs.append(dropped @ adapter.a.to(x.dtype).t())
+            up_RN = (adapter.b * adapter.factor).to(x.dtype).t()
+            y_MN = downs[-1] @ up_RN if y_MN is None else y_MN.addmm_(downs[-1], up_RN)
+        y_MN = _product(x_MK, projection.weight, y_MN)
+        if projection.bias is not None:
+            y_MN += projection.bias.to(y_MN.dtype)
+        outputs.append(y_MN.view(*x.shape[:-1], y_MN.shape[-1]))
+    return outputs, downs
+
+
+def _backward(
+    x: Tensor,
+    projections: Sequence[Projection],
+    downs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+    states: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of x and of `tensors`, A and B of every adapter in turn: those that `needs` says, None otherwise."""
+    x_MK = x.reshape(-1, x.shape[-1])
+    left, found, number = iter(states), list[Tensor | None](), 0
+    dx_MK: Tensor | None = None
+    for projection, grad in zip(projections, grads, strict=True):
+        grad_MN = grad.reshape(-1, grad.shape[-1])
+        for adapter in projection.adapters:
+            a_RK, b_NR = tensors[2 * number], tensors[2 * number + 1]
+            grad_MR = grad_MN @ (b_NR * adapter.factor).to(x.dtype)
+            kept = _kept(x_MK, adapter.dropout, _again(next(left), x.device)) if adapter.dropout else None
+            input_MK = x_MK if kept is None else x_MK * kept
+            found.append(_summed(grad_MR, input_MK, a_RK.dtype) if needs[2 * number + 1] else None)
+            db_NR = _summed(grad_MN, downs[number], b_NR.dtype) if needs[2 * number + 2] else None
+            found.append(None if db_NR is None else db_NR.mul_(adapter.factor))
+            if needs[0]:
+                dx_MK = _added(dx_MK, grad_MR, a_RK.to(x.dtype), kept)
+            number += 1
+        if needs[0]:
+            dx_MK = _transposed_product(grad_MN, projection.weight, dx_MK)
+    return [None if dx_MK is None else dx_MK.view(x.shape), *found]
+
+
+def _summed(left_MI: Tensor, right_MJ: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient leftᵀ right [I, J] of an adapter of type `dtype`.
+
+    On a GPU a float32 one gets the float32 sums of half factors as they are. On a CPU torch 2.13 has no such product:
+    sums are rounded once to the factors' type. Float32 sums would take float32 copies of the factors, which are
+    activations, and four times as long (M and K 2,048, R 16, bfloat16: 0.55 ms, by float32 in pieces of 128 rows 2.5).
+    """
+    wider = dtype == torch.float32 and left_MI.dtype in (torch.float16, torch.bfloat16)
+    if wider and left_MI.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8 and later
+        return torch.mm(left_MI.t(), right_MJ, out_dtype=dtype)
+    return (left_MI.t() @ right_MJ).to(dtype)
 
 
 def _product(x_MK: Tensor, weight: Tensor | Base, y_MN: Tensor | None) -> Tensor:
@@ -211,3 +251,141 @@ def _again(state: Tensor, device: torch.device) -> torch.Generator:
 def _kept(x_MK: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
     """1 / (1 - p) where an element stays, 0 where it is dropped, with probability p [M, K]."""
     return torch.empty_like(x_MK).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+
+
+# --- for torch.compile: two operations that it does not look into. They take plain values only: parts of the bases, A
+# and f B of the adapters. None of them tells layers of one shape apart, so these share a compiled graph.
+
+
+def _compiled(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """`lora_linear` for a caller that is compiled. Biases are added outside, where they fuse with what comes after.
+
+    Adapters with dropout are the definition's: a mask must be drawn where the compiler sees it, and keeps its seed.
+    The base beside them stays the operation's, which keeps no copy of a weight that is turned back.
+    """
+    bases: list[Tensor] = []
+    adapters: list[Tensor] = []
+    kinds, sizes, counts = [], [], []
+    for projection in projections:
+        parts = _parts(projection.weight)
+        if parts is None:
+            return lora_linear_reference(x, [_cast(projection, x.dtype) for projection in projections])
+        inside = [adapter for adapter in projection.adapters if not adapter.dropout]
+        bases += parts.tensors
+        adapters += [part for adapter in inside for part in (adapter.a, adapter.b * adapter.factor)]
+        kinds.append(parts.kind)
+        sizes.append(parts.shape[0])
+        counts.append(len(inside))
+    outputs = _linears_op(x, bases, adapters, " ".join(kinds), sizes, counts)
+    return tuple(_finished(x, y, projection) for y, projection in zip(outputs, projections, strict=False))
+
+
+def _parts(weight: Tensor | Base) -> Quantized | None:
+    """A base as plain values; None where it cannot be."""
+    return (
+        weight.parts()
+        if not isinstance(weight, Tensor)
+        else Quantized("plain", (weight.shape[0], weight.shape[1]), [weight])
+    )
+
+
+def _finished(x: Tensor, y: Tensor, projection: Projection) -> Tensor:
+    """`y` with what the operation leaves out: adapters with dropout, and the bias."""
+    for adapter in projection.adapters:
+        if adapter.dropout:
+            a, b = adapter.a.to(x.dtype), adapter.b.to(x.dtype)
+            y = y + F.linear(F.linear(F.dropout(x, adapter.dropout), a), b) * adapter.factor
+    return y if projection.bias is None else y + projection.bias.detach().to(y.dtype)
+
+
+def _rebuilt(
+    x: Tensor,
+    bases: Sequence[Tensor],
+    adapters: Sequence[Tensor],
+    kinds: str,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+) -> list[Projection]:
+    """What `_compiled` took apart."""
+    parts, tensors, projections = iter(bases), iter(adapters), []
+    for kind, size, count in zip(kinds.split(), sizes, counts, strict=True):
+        weight: Tensor | Base
+        if kind == "plain":
+            weight = next(parts)
+        else:
+            weight = Quantized(kind, (size, x.shape[-1]), [next(parts) for _ in range(PARTS[kind])])
+        pairs = tuple(Adapter(next(tensors), next(tensors), 1.0) for _ in range(count))
+        projections.append(Projection(weight, None, pairs))
+    return projections
+
+
+def _linears(
+    x: Tensor, bases: list[Tensor], adapters: list[Tensor], kinds: str, sizes: list[int], counts: list[int]
+) -> list[Tensor]:
+    """Outputs [..., N], then x A^T [M, R] of every adapter."""
+    outputs, downs = _forward(x, _rebuilt(x, bases, adapters, kinds, sizes, counts), [])
+    return [*outputs, *downs]
+
+
+def _gradients(
+    x: Tensor,
+    bases: list[Tensor],
+    adapters: list[Tensor],
+    kinds: str,
+    sizes: list[int],
+    counts: list[int],
+    downs: list[Tensor],
+    grads: list[Tensor],
+    needs: list[bool],
+) -> list[Tensor]:
+    """Of x and of `adapters`: those that are needed."""
+    projections = _rebuilt(x, bases, adapters, kinds, sizes, counts)
+    made = _backward(x, projections, downs, adapters, grads, needs, [])
+    return [gradient for gradient in made if gradient is not None]
+
+
+_ARGUMENTS = "(Tensor x, Tensor[] bases, Tensor[] adapters, str kinds, SymInt[] sizes, int[] counts"
+_linears_op: Any = torch.library.custom_op(
+    "ingot_kernels::lora_linear", _linears, mutates_args=(), schema=f"{_ARGUMENTS}) -> Tensor[]"
+)
+_gradients_op: Any = torch.library.custom_op(
+    "ingot_kernels::lora_linear_gradients",
+    _gradients,
+    mutates_args=(),
+    schema=f"{_ARGUMENTS}, Tensor[] downs, Tensor[] grads, bool[] needs) -> Tensor[]",
+)
+
+
+@_linears_op.register_fake
+def _(x: Tensor, bases: Any, adapters: list[Tensor], kinds: str, sizes: list[int], counts: Any) -> list[Tensor]:
+    rows = x.shape[:-1]
+    outputs = [x.new_empty(*rows, size) for size in sizes]
+    return outputs + [x.new_empty(math.prod(rows), a.shape[0]) for a in adapters[::2]]
+
+
+@_gradients_op.register_fake
+def _(x: Tensor, bases: Any, adapters: list[Tensor], *rest: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, need in zip((x, *adapters), rest[-1], strict=True) if need]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, bases, adapters, ctx.kinds, ctx.sizes, ctx.counts = inputs
+    ctx.n_bases, ctx.n_adapters = len(bases), len(adapters)
+    ctx.set_materialize_grads(False)  # x A^T has none
+    ctx.save_for_backward(x, *bases, *adapters, *output[len(ctx.sizes) :])
+
+
+def _back(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, *saved = ctx.saved_tensors
+    bases, saved = saved[: ctx.n_bases], saved[ctx.n_bases :]
+    adapters, downs = saved[: ctx.n_adapters], saved[ctx.n_adapters :]
+    upstream = [
+        x.new_zeros(*x.shape[:-1], size) if grad is None else grad for size, grad in zip(ctx.sizes, grads, strict=False)
+    ]
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
+    made = iter(_gradients_op(x, bases, adapters, ctx.kinds, ctx.sizes, ctx.counts, downs, upstream, needs))
+    dx, *found = [next(made) if need else None for need in needs]
+    return dx, [None] * ctx.n_bases, found, None, None, None
+
+
+_linears_op.register_autograd(_back, setup_context=_keep)

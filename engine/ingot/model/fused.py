@@ -8,6 +8,7 @@ what gives other results stays as it is, with the reason in the report.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ingot.errors import RecipeError
-from ingot.model import fused_blocks, head
+from ingot.model import head
 from ingot.model.fused_blocks import (
     GATED,
     adapted_forward,
     attention_forward,
     block_forward,
+    fused_by,
     gated_forward,
+    method,
     norm_forward,
 )
 from ingot.model.lines import shrunk
@@ -85,6 +88,7 @@ def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None, tens
     plans = _plans(owner, wanted, report) if owner is not None else {}
     if owner is None:
         report.leave("rms_norm", "not a model of transformers")
+    methods = {kind: method(partial(function, impl=section.impl)) for kind, (_, function) in plans.items()}
     for name, module in model.named_modules():
         plan = plans.get(type(module))
         if plan is None:
@@ -93,7 +97,7 @@ def apply(model: nn.Module, section: Kernels, *, hooked: str | None = None, tens
         if hooked and function.func in (attention_forward, block_forward):
             report.leave(op, f"{hooked} puts hooks on its parts", [name])
             continue
-        module.forward = partial(function, module, impl=section.impl)
+        module.forward = MethodType(methods[type(module)], module)
         report.replaced[op].append(name)
     if "linear_cross_entropy" in wanted:
         count, why = head.attach(model, section.impl, tensor)
@@ -119,8 +123,7 @@ def restore(model: nn.Module) -> None:
     """Undo `apply`."""
     head.detach(model)
     for module in model.modules():
-        own = vars(module).get("forward")
-        if isinstance(own, partial) and own.func.__module__ == fused_blocks.__name__:
+        if fused_by(module) is not None:
             del module.forward
 
 
@@ -290,6 +293,7 @@ def _norm_of(module: Any) -> tuple[Mode, str] | None:
 
 
 def _replace_adapters(model: nn.Module, impl: Impl, hooked: str | None, report: Report) -> None:
+    forward = method(partial(adapted_forward, impl=impl))
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or "forward" in vars(module):  # the head may have its own
             continue
@@ -297,7 +301,7 @@ def _replace_adapters(model: nn.Module, impl: Impl, hooked: str | None, report: 
         if why is not None:
             report.leave("lora_linear", why, [name])
             continue
-        module.forward = partial(adapted_forward, module, impl=impl)
+        module.forward = MethodType(forward, module)
         report.replaced["lora_linear"].append(name)
 
 

@@ -19,6 +19,24 @@ from ingot_kernels.rms_norm import Mode, add_rms_norm, rms_norm
 from ingot_kernels.rope import qk_rope
 
 
+def method(function: partial[Any]) -> Callable[..., Any]:
+    """`function` as something to bind to modules, one for all of a kind: torch.compile knows a function by its
+    identity, and would compile every layer anew for a `partial` of its own.
+    """
+
+    def forward(module: Any, *args: Any, **options: Any) -> Any:
+        return function(module, *args, **options)
+
+    forward.fused = function  # type: ignore[attr-defined]
+    return forward
+
+
+def fused_by(module: Any) -> Any:
+    """The function of this file that computes a module; None where it is its own."""
+    fused = getattr(vars(module).get("forward"), "fused", None)
+    return None if fused is None else fused.func
+
+
 def norm_forward(module: Any, x: Tensor, *, eps: str, mode: Mode, impl: Impl) -> Tensor:
     """`eps`: its attribute, for not all norms of a class need have the same."""
     return rms_norm(x, module.weight, getattr(module, eps), mode, impl=impl)
@@ -123,8 +141,7 @@ def block_forward(
 
 def _ready(layer: Any) -> bool:
     """Whether a layer is one of `_replace_adapters`, with its adapters at work and nothing hooked to it."""
-    own = vars(layer).get("forward")
-    fused = isinstance(own, partial) and own.func is adapted_forward
+    fused = fused_by(layer) is adapted_forward
     return fused and not (layer.disable_adapters or layer.merged or layer._forward_hooks or layer._forward_pre_hooks)
 
 

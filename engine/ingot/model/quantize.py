@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ingot.errors import ModelError
 from ingot.recipe import Quantization
 from ingot_kernels import fp8, int8, nf4
+from ingot_kernels.lora_linear import Projection, lora_linear
+from ingot_kernels.quantized import PARTS, Quantized, in_float8
 
 HEADS = ("classifier", "pre_classifier", "score", "qa_outputs")
 _memory = threading.local()  # what a weight is turned back into, one a device and type, used again by the next layer
@@ -53,6 +55,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N], computed in the type of autocast, else of the input."""
+        if torch.compiler.is_compiling():  # it cannot be shown a layer as an argument
+            return lora_linear(input, [Projection(self, self.bias)])[0]
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         output: Tensor = _FrozenProduct.apply(input, self, dtype)
@@ -75,8 +79,15 @@ class QuantizedLinear(nn.Linear):
         weight = self._turned_back(grad_MN)
         return grad_MN @ weight if out_MK is None else out_MK.addmm_(grad_MN, weight)
 
+    def parts(self) -> Quantized:
+        """The same as plain values. On a CPU too they are turned back by `ingot_kernels`, not by bitsandbytes."""
+        names = ("packed", "scales", "scale_scales", "scale_offset")
+        tensors = [getattr(self, name).detach() for name in names if name in self._parameters]
+        kind = "nf4_double" if self.kind == "nf4" and len(tensors) == PARTS["nf4_double"] else self.kind
+        return Quantized(kind, (self.out_features, self.in_features), tensors)
+
     def _in_float8(self, like: Tensor) -> bool:
-        return self.kind == "fp8" and like.dtype == torch.bfloat16 and fp8.has_products(like) and fp8.fits(self.packed)
+        return in_float8(self.kind, self.packed, like)
 
     def _turned_back(self, like: Tensor) -> Tensor:
         """W in the type of `like`, in memory that the next layer's W will take: for a product that is made at once."""
@@ -172,7 +183,8 @@ def dequantize(
     if kind in ("int8", "fp8"):
         return (int8 if kind == "int8" else fp8).dequantize(packed, scales, dtype, out)
     nested, offset = parts.get("scale_scales"), parts.get("scale_offset")
-    functional = None if packed.is_cuda else _bitsandbytes()
+    # bitsandbytes 0.50 begins a block at every row: with rows of 96 half of the weights get another block's scale.
+    functional = None if packed.is_cuda or shape[1] % nf4.BLOCK else _bitsandbytes()
     if functional is None:
         return nf4.dequantize(packed, scales, nested, offset, shape, dtype, out)
     # On a CPU bitsandbytes takes a fifth of the time: 0.25 ms for 3 M weights in float32, ours 1.24 (2 Zen 4 cores).

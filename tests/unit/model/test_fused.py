@@ -435,7 +435,7 @@ def test_kinds_of_gelu_are_told_apart() -> None:
     for act, name in (("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("silu", "silu")):
         model: Any = base_of("llama", hidden_act=act)
         fused.apply(model, Kernels())
-        assert model.model.layers[0].mlp.forward.keywords["act"] == name
+        assert model.model.layers[0].mlp.forward.fused.keywords["act"] == name
 
 
 def test_norms_of_a_class_may_differ_in_eps() -> None:

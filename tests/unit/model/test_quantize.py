@@ -10,6 +10,7 @@ from ingot.model.adapters import attach_adapter, trainable_tensors
 from ingot.model.load import parameter_counts
 from ingot.model.quantize import QuantizedLinear, quantized, rounded
 from ingot.recipe import Adapter, Quantization
+from ingot_kernels import nf4
 
 KINDS = [
     Quantization(kind="nf4"),
@@ -41,6 +42,31 @@ def test_nf4_is_what_bitsandbytes_computes(shape, double):
     packed, state = bnb.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4", compress_statistics=double)
     expected = bnb.dequantize_4bit(packed, state)
     assert torch.equal(QuantizedLinear(layer, Quantization(kind="nf4", double=double)).weight, expected)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(64, 96), (6, 32), (64, 64), (5, 40)])
+def test_nf4_blocks_go_on_from_row_to_row(shape, double):
+    layer = QuantizedLinear(linear(*shape), Quantization(kind="nf4", double=double))
+    packed, scales, *rest = layer.parts().tensors
+    expected = nf4.dequantize_reference(packed, scales, *(rest or (None, None)), shape, torch.float32)
+    assert torch.equal(layer.weight, expected)
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
+def test_compiled_whole_it_is_the_same(section):
+    layer = QuantizedLinear(linear(64, 96), section)
+    compiled = torch.compile(lambda x: layer(x).sin(), backend="aot_eager", fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = (torch.randn(3, 5, 96, generator=torch.manual_seed(1)).requires_grad_() for _ in range(2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out, expected = compiled(x), layer(y).sin()
+        assert out.dtype == expected.dtype == dtype
+        torch.testing.assert_close(out, expected)
+        out.float().square().sum().backward()
+        expected.float().square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 def test_int8_rounds_each_row_to_half_a_step():

@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from ingot.model import adapters
+from ingot.model import adapters, fused
 from ingot.model.documents import Documents
 from ingot.model.load import logits_of
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.parallel import recompute
 from ingot.parallel.recompute import NARROW, compile_blocks, keep_products, recompute_blocks
-from ingot.recipe import Adapter
+from ingot.recipe import Adapter, Kernels
 from ingot_kernels.lora_linear import Adapter as Pair
 from ingot_kernels.lora_linear import Projection, lora_linear
 
@@ -81,10 +81,10 @@ def of_lines(model: nn.Module) -> list[tuple[torch.Tensor, dict[str, torch.Tenso
     return found
 
 
-def wide(kind: str) -> nn.Module:
+def wide(kind: str, layers: int = 2) -> nn.Module:
     """So wide that its products are kept."""
     torch.manual_seed(0)
-    size = {"hidden_size": NARROW + 32, "intermediate_size": NARROW + 48, "num_hidden_layers": 2}
+    size = {"hidden_size": NARROW + 32, "intermediate_size": NARROW + 48, "num_hidden_layers": layers}
     config = LlamaConfig(vocab_size=61, num_attention_heads=4, num_key_value_heads=2, **size)
     model = LlamaForCausalLM._from_config(config, attn_implementation="ingot")
     model = adapters.attach_adapter(model, Adapter(kind=kind, rank=4), "language-modeling", seed=0)
@@ -233,3 +233,19 @@ def test_compiled_blocks_give_the_same_and_compile_once(kind, backend):
     same(found, expected)
     graphs = counters["stats"]["unique_graphs"]
     assert 0 < graphs <= 8, "parts of a block, shared by all blocks; another length or number of documents adds none"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it looks at a block's input
+def test_fused_blocks_give_the_same_and_more_of_them_compile_nothing_more():
+    graphs = []
+    for layers in (2, 3):
+        plain, compiled = wide("lora", layers), wide("lora", layers)
+        report = fused.apply(compiled, Kernels())
+        assert len(report.replaced["lora_linear"]) == 7 * layers
+        torch._dynamo.reset()
+        counters.clear()
+        compile_blocks(compiled, "aot_eager")
+        same(of_lines(compiled), of_lines(plain))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1]

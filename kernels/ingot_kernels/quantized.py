@@ -1,0 +1,63 @@
+"""A frozen weight by its kind and its parts: plain values, which an operation of torch.compile can be given.
+
+M rows, N outputs, K inputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ingot_kernels import fp8, int8, nf4
+from ingot_kernels.head import workspace
+
+# How many parts a kind has, in the order in which its module's `quantize` gives them.
+PARTS = {"nf4": 2, "nf4_double": 4, "int8": 2, "fp8": 2}
+
+
+class Quantized(NamedTuple):
+    """W [N, K] in the parts of `nf4`, `int8` or `fp8`; `kind` is one of PARTS. A `lora_linear.Base`."""
+
+    kind: str
+    shape: tuple[int, int]
+    tensors: Sequence[Tensor]
+
+    def parts(self) -> Quantized:
+        """Itself."""
+        return self
+
+    def dequantized(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """W [N, K]; in the memory of `out` where it is given."""
+        packed, scales, *rest = self.tensors
+        if self.kind in ("int8", "fp8"):
+            return (int8 if self.kind == "int8" else fp8).dequantize(packed, scales, dtype, out)
+        nested, offset = rest or (None, None)
+        return nf4.dequantize(packed, scales, nested, offset, self.shape, dtype, out)
+
+    def product(self, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        """x Wᵀ [M, N], added to `out_MN` in place. fp8: in float8 where the GPU multiplies it."""
+        if in_float8(self.kind, self.tensors[0], x_MK):
+            y_MN = fp8.product(x_MK, *self.tensors)
+            return y_MN if out_MN is None else out_MN.add_(y_MN)
+        weight_KN = self._turned_back(x_MK).t()
+        return x_MK @ weight_KN if out_MN is None else out_MN.addmm_(x_MK, weight_KN)
+
+    def transposed_product(self, grad_MN: Tensor, out_MK: Tensor | None = None) -> Tensor:
+        """grad W [M, K], added to `out_MK` in place."""
+        if in_float8(self.kind, self.tensors[0], grad_MN):
+            dx_MK = fp8.transposed_product(grad_MN, *self.tensors)
+            return dx_MK if out_MK is None else out_MK.add_(dx_MK)
+        weight = self._turned_back(grad_MN)
+        return grad_MN @ weight if out_MK is None else out_MK.addmm_(grad_MN, weight)
+
+    def _turned_back(self, like: Tensor) -> Tensor:
+        """W in the type of `like`, for a product that is made at once: on a CPU in memory that is used again."""
+        return self.dequantized(like.dtype, workspace("turned", self.shape, like.dtype, like))
+
+
+def in_float8(kind: str, packed: Tensor, like: Tensor) -> bool:
+    """Whether products of `like` with a weight of this kind are made in float8."""
+    return kind == "fp8" and like.dtype == torch.bfloat16 and fp8.has_products(like) and fp8.fits(packed)
