@@ -18,8 +18,9 @@ import torch
 from harness import machine
 
 import ingot
-from ingot.model.quantize import QuantizedLinear, quantize
+from ingot.model.quantize import quantize
 from ingot.recipe import Quantization
+from ingot_kernels import quantized
 
 HERE = Path(__file__).resolve().parent
 RECIPES = {"quickstart": "quickstart.yaml", "e2e": "text-generation/e2e.yaml"}
@@ -40,9 +41,9 @@ def bits(kind: str) -> float:
 def trained(name: str, kind: str, steps: int, folder: Path) -> dict[str, Any]:
     """Validation losses by step, and how far merged models are from what was trained."""
     simulated, base = kind.endswith("products"), kind.split()[0]
-    real = QuantizedLinear._in_float8
+    real = quantized.in_float8
     if simulated:
-        QuantizedLinear._in_float8 = lambda self, like: self.kind == "fp8"  # type: ignore[method-assign]
+        quantized.in_float8 = lambda kind, packed, like: kind == "fp8"
     try:
         overrides: dict[str, Any] = {"quantization.kind": "none" if base == "other" else base}
         overrides |= {"train.max_steps": steps, "train.evaluate_every_steps": EVERY, "train.final": "last"}
@@ -52,7 +53,7 @@ def trained(name: str, kind: str, steps: int, folder: Path) -> dict[str, Any]:
         recipe = ingot.load_recipe(file, [f"{key}={value}" for key, value in overrides.items()])
         run: Any = ingot.finetune(recipe, home=file.parent)
     finally:
-        QuantizedLinear._in_float8 = real  # type: ignore[method-assign]
+        quantized.in_float8 = real
     folder = Path(getattr(run, "folder", run))
     points = [json.loads(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"]["finetune"]

@@ -52,7 +52,10 @@ def test_a_checkpoint_in_four_bits_is_trained_over_as_it_is(ingot, project, tmp_
     layer = "model.layers.0.mlp.up_proj"
     a, b = (adapter[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
     packed = four.get_submodule(layer).weight
-    whole = bnb.dequantize_4bit(packed.data, packed.quant_state).float()
+    # In rows of a block: bitsandbytes 0.50 takes another block's scale for half of the weights in rows of 32 or 96.
+    state, shape = packed.quant_state, packed.quant_state.shape
+    state.shape = torch.Size((shape.numel() // 64, 64))
+    whole = bnb.dequantize_4bit(packed.data, state).float().view(shape)
     torch.testing.assert_close(merged.get_submodule(layer).weight - 2.0 * b @ a, whole, rtol=0, atol=1e-6)
 
 

@@ -19,7 +19,7 @@ from ingot.errors import ModelError
 from ingot.recipe import Quantization
 from ingot_kernels import fp8, int8, nf4
 from ingot_kernels.lora_linear import Projection, lora_linear
-from ingot_kernels.quantized import PARTS, Quantized, in_float8
+from ingot_kernels.quantized import PARTS, Quantized, product, transposed_product
 
 HEADS = ("classifier", "pre_classifier", "score", "qa_outputs")
 _memory = threading.local()  # what a weight is turned back into, one a device and type, used again by the next layer
@@ -63,36 +63,29 @@ class QuantizedLinear(nn.Linear):
         return output if self.bias is None else output + self.bias.to(dtype)
 
     def product(self, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
-        """x Wᵀ [M, N], added to `out_MN` in place; without the bias. fp8: in float8 where the GPU multiplies it."""
-        if self._in_float8(x_MK):
-            y_MN = fp8.product(x_MK, self.packed.detach(), self.scales.detach())
-            return y_MN if out_MN is None else out_MN.add_(y_MN)
-        weight_KN = self._turned_back(x_MK).t()
-        return x_MK @ weight_KN if out_MN is None else out_MN.addmm_(x_MK, weight_KN)
+        """x Wᵀ [M, N], added to `out_MN` in place; without the bias."""
+        return product(self, x_MK, out_MN)
 
     def transposed_product(self, grad_MN: Tensor, out_MK: Tensor | None = None) -> Tensor:
         """grad W [M, K], added to `out_MK` in place."""
-        if self._in_float8(grad_MN):
-            turned = memory((self.in_features, self.out_features), torch.uint8, grad_MN.device)
-            dx_MK = fp8.transposed_product(grad_MN, self.packed.detach(), self.scales.detach(), turned)
-            return dx_MK if out_MK is None else out_MK.add_(dx_MK)
-        weight = self._turned_back(grad_MN)
-        return grad_MN @ weight if out_MK is None else out_MK.addmm_(grad_MN, weight)
+        return transposed_product(self, grad_MN, out_MK)
 
-    def parts(self) -> Quantized:
-        """The same as plain values. On a CPU too they are turned back by `ingot_kernels`, not by bitsandbytes."""
-        names = ("packed", "scales", "scale_scales", "scale_offset")
-        tensors = [getattr(self, name).detach() for name in names if name in self._parameters]
-        kind = "nf4_double" if self.kind == "nf4" and len(tensors) == PARTS["nf4_double"] else self.kind
-        return Quantized(kind, (self.out_features, self.in_features), tensors)
-
-    def _in_float8(self, like: Tensor) -> bool:
-        return in_float8(self.kind, self.packed, like)
-
-    def _turned_back(self, like: Tensor) -> Tensor:
+    def turned_back(self, like: Tensor) -> Tensor:
         """W in the type of `like`, in memory that the next layer's W will take: for a product that is made at once."""
         shape = (self.out_features, self.in_features)
         return self.dequantized(like.dtype, memory(shape, like.dtype, like.device))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parts of W, in the order of `ingot_kernels`."""
+        names = ("packed", "scales", "scale_scales", "scale_offset")
+        return [getattr(self, name).detach() for name in names if name in self._parameters]
+
+    def parts(self) -> Quantized:
+        """The same as plain values. On a CPU too they are turned back by `ingot_kernels`, not by bitsandbytes."""
+        tensors = self.tensors
+        kind = "nf4_double" if self.kind == "nf4" and len(tensors) == PARTS["nf4_double"] else self.kind
+        return Quantized(kind, (self.out_features, self.in_features), tensors)
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with the kind."""
