@@ -62,3 +62,13 @@ def test_triton_quantizes_rows_as_torch_does(scaled, n_columns, monkeypatch):
     sure = (mantissa != 0.5) & (expected.float().abs() >= 2**-6)
     assert sure.float().mean() > 0.8
     assert torch.equal(ours.float()[sure], expected.float()[sure])
+
+
+def test_an_a100_turns_float8_back_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, scales = fp8.quantize(torch.randn(5, 7))
+    expected = fp8.dequantize_reference(packed, scales, torch.bfloat16)
+    monkeypatch.setattr(fp8, "uses_triton", lambda impl, tensor: True)
+    monkeypatch.setattr(fp8, "_capability", lambda tensor: (8, 0))
+    monkeypatch.setattr(fp8, "scale_rows", None)
+    assert torch.equal(fp8.dequantize(packed, scales, torch.bfloat16), expected)
+    assert torch.equal(fp8.quantize_rows(expected)[1], fp8.quantize_rows_reference(expected)[1])
