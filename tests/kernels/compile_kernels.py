@@ -75,6 +75,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def launches(dtype: torch.dtype, capability: int) -> Iterator[Callable[[], Any]]:
     """Every operation in its forms, at sizes of an 8 B model; forward and backward."""
     x, residual, weight = leaf(4, 4096, dtype=dtype), leaf(4, 4096, dtype=dtype), leaf(4096, dtype=dtype)
+    wide, scale = leaf(4, 8192, dtype=dtype), leaf(8192, dtype=dtype)
 
     def back(outputs: Any) -> None:
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs
@@ -84,6 +85,7 @@ def launches(dtype: torch.dtype, capability: int) -> Iterator[Callable[[], Any]]
         yield lambda mode=mode: back(rms_norm(x, weight, 1e-5, mode, impl="triton"))
         yield lambda mode=mode: back(add_rms_norm(x, residual, weight, 1e-5, mode, impl="triton"))
     yield lambda: back(rms_norm(x, None, 1e-5, impl="triton"))
+    yield lambda: back(rms_norm(wide, scale, 1e-5, impl="triton"))
     yield lambda: back(rms_norm(x, leaf(4096), 1e-5, impl="triton"))  # as in autocast
     q, k, angle = leaf(1, 8, 32, 128, dtype=dtype), leaf(1, 8, 8, 128, dtype=dtype), torch.rand(1, 8, 128)
     norms = (leaf(128, dtype=dtype), leaf(128, dtype=dtype))
