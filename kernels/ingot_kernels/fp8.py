@@ -4,8 +4,8 @@
 
 A row of x is quantized with a scale of its own at each product. The scales of W belong to the dimension that dx sums
 over, where a product cannot apply them; they go into dy before it is quantized. So both products see the very same Q,
-which is kept once; dx turns its bytes over into memory that is used again (2 bytes of traffic a weight, less than the
-3 of turning it back into bfloat16).
+which is kept once; dx turns its bytes over (2 bytes of traffic a weight, less than the 3 of turning it back into
+bfloat16).
 
     M rows, N outputs, K inputs
 """
