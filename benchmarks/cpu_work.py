@@ -31,7 +31,13 @@ class Row(NamedTuple):
 
 
 def read_rows() -> dict[str, list[dict[str, str]]]:
-    """Prompts and completions: `e2e` has even lengths, `mixed` (gsm8k and dialogsum) uneven ones."""
+    """Prompts and completions: `e2e` has even lengths, `mixed` (gsm8k and dialogsum) uneven ones.
+
+    Raises RuntimeError where the data is not there.
+    """
+    missing = [name for name in ("e2e", "gsm8k", "dialogsum") if not (DATA / name).is_dir()]
+    if missing:
+        raise RuntimeError(f"there is no {', '.join(missing)} in {DATA.resolve()}, beside the checkout")
     with (DATA / "e2e/devset.csv").open(encoding="utf-8") as file:
         e2e = [{"prompt": row["mr"] + "\n", "completion": row["ref"]} for row in csv.DictReader(file)]
     gsm8k, dialogsum = (_lines(DATA / name) for name in ("gsm8k/train.jsonl", "dialogsum/dev.jsonl"))

@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--out results.json] [--only SECTION ...]
     python benchmarks/gpu.py --dry-run        # the same path on a CPU, tiny: proves that it runs, measures nothing
 
-Needs torch, triton, transformers, peft, accelerate and numpy; Liger-Kernel takes part where it is installed. Under ten
-minutes on an H100 or H200. Ends with 1, and times nothing, when an operation is wrong. After every section the results
-so far are on the disk, as JSON and as a table beside it.
+Needs torch, triton, transformers, peft, accelerate and numpy; Liger-Kernel takes part where it is installed. Meant to
+take less than ten minutes on an H100 or H200. Ends with 1, and times nothing, when an operation is wrong; with 1, too,
+when a section failed, after the others. After every section the results so far are on the disk, as JSON and as a table
+beside it.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +29,7 @@ PUBLISHED = {  # by others, on other data, lengths and cards: for orientation, n
     "full, Llama-3.2-3B": "8,998 tokens/s, A100, 2 x 4,096 packed, compiled (torchtune)",
     "QLoRA, Llama-3.1-8B": "2,413 tokens/s, RTX 4090, 2 x 2,048 packed (torchtune)",
 }
-SECTIONS = ("elementwise", "linear_cross_entropy", "lora_linear", "dequantize", "curves", "steps")
+SECTIONS = ("elementwise", "linear_cross_entropy", "lora_linear", "dequantize", "steps", "curves")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu.py: this machine has no CUDA device; --dry-run goes through the same path on a CPU", file=sys.stderr)
         return 2
+    import bare
+
+    bare.install()
     import gpu_kernels
     from gpu_timing import Bench
 
@@ -51,19 +56,31 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     machine = gpu_kernels.Machine(bench)
     results.note("machine", {"copy_bytes_per_second": machine.bandwidth, "product_flops": machine.flops})
+    failures: dict[str, str] = {}
     for name in [name for name in SECTIONS if name in options.only]:
-        if name in ("curves", "steps"):
-            import gpu_step  # of the engine, which needs pydantic; the kernels need torch and triton only
-
-            if name == "curves":
-                results.section(name, lambda: gpu_step.curves(bench))
-            else:
-                gpu_step.steps(bench, lambda key, facts: results.note("steps", {key: facts}))
-        else:
-            results.section(name, lambda name=name: gpu_kernels.SECTIONS[name](bench, machine))
+        try:
+            _run(name, bench, machine, results)
+        except Exception as error:  # device time is dear: the other sections are still worth it
+            traceback.print_exc()
+            failures[name] = f"{type(error).__name__}: {error}"[:400]
+            results.note("failures", failures)
     results.note("goals", goals(results.values))
     print(f"gpu.py: {results.path} and {results.path.with_suffix('.md').name}")
-    return 0
+    return 1 if failures else 0
+
+
+def _run(name: str, bench: Any, machine: Any, results: "Results") -> None:
+    import gpu_kernels
+
+    if name not in ("curves", "steps"):
+        results.section(name, lambda: gpu_kernels.SECTIONS[name](bench, machine))
+        return
+    import gpu_step
+
+    if name == "curves":
+        results.section(name, lambda: gpu_step.curves(bench))
+    else:
+        gpu_step.steps(bench, lambda key, facts: results.note("steps", {key: facts}))
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -195,6 +212,9 @@ def table(values: dict[str, Any]) -> list[str]:
                 continue
             for data in ("full-length", "real rows"):
                 found = facts[data]
+                if "failed" in found:
+                    lines.append(f"| {name} | {data} | failed: {found['failed']} | | | |")
+                    continue
                 mfu = found["mfu"] or {}
                 shares = [f"{mfu[key]:.1%}" if key in mfu else "" for key in ("6n", "lora_aware")]
                 peak = "" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e9:.1f}"
@@ -202,6 +222,11 @@ def table(values: dict[str, Any]) -> list[str]:
                     f"| {name} | {data} | {found['tokens_per_second']:,.0f} | {shares[0]} | {shares[1]} | {peak} |"
                 )
         lines.append("")
+    if "steps" in values:
+        lines += ["Published by others, on other data, lengths and cards:", ""]
+        lines += [f"- {what}: {speed}" for what, speed in values["published"].items()]
+        lines.append("")
+    lines += [f"- FAILED {name}: {why}" for name, why in values.get("failures", {}).items()]
     for found in values.get("goals", []) if not str(values["measurement"]).startswith("none") else []:
         word = "reached" if found["met"] else "missed"
         lines.append(f"- {found['goal']}: {found['reached']:.4g}, wanted {found['wanted']:g}: {word}")

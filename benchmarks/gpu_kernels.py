@@ -53,6 +53,7 @@ def draw(bench: Bench, *shape: int, grad: bool = True, dtype: torch.dtype = HALF
 
 def compiled(function: Function, bench: Bench) -> Function:
     """By inductor; in a dry run only traced, since compiling takes a CPU minutes."""
+    torch._dynamo.reset()  # functions of one text share a limit of 8 graphs, and the ninth would run eagerly
     return torch.compile(function, backend="eager" if bench.dry else "inductor", dynamic=False)
 
 
@@ -84,7 +85,9 @@ def row(
 def checks(bench: Bench) -> dict[str, Any]:
     """Every operation against its float64 truth at a small odd size; timing starts only if all are right."""
     types = (FULL,) if bench.dry else (FULL, HALF)
-    return {
+    import gpu_quantized
+
+    return gpu_quantized.checks(bench) | {
         f"{name} {str(dtype).removeprefix('torch.')}": distance(kernel, reference, tensors)
         for dtype in types
         for name, (kernel, reference, tensors) in _small(bench, dtype).items()
@@ -127,6 +130,11 @@ def _small(bench: Bench, dtype: torch.dtype) -> dict[str, tuple[Function, Functi
         "rms_norm": (normed(triton(rms_norm)), normed(rms_norm_reference), [x, w]),
         "add_rms_norm": (lambda x, r, w: triton(add_rms_norm)(x, r, w, EPS), _added, [x, residual, w]),
         "gated": (triton(gated), gated_reference, [x, residual]),
+        "gated tanh": (
+            lambda g, u: triton(gated)(g, u, "gelu_tanh"),
+            lambda g, u: gated_reference(g, u, "gelu_tanh"),
+            [x, residual],
+        ),
         "qk_rope": (turned(triton(qk_rope)), turned(qk_rope_reference), [q, k]),
         "linear_cross_entropy": (
             lost(triton(linear_cross_entropy)),
@@ -138,7 +146,8 @@ def _small(bench: Bench, dtype: torch.dtype) -> dict[str, tuple[Function, Functi
 
 
 def _added(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return rms_norm_reference(x + residual, weight, EPS), x + residual
+    total = x + residual
+    return rms_norm_reference(total, weight, EPS), total
 
 
 def elementwise(bench: Bench, machine: Machine) -> dict[str, Any]:

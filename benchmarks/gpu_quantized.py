@@ -1,4 +1,4 @@
-"""Weights in few bits turned back to bfloat16, float8 products, and the 8-bit optimizer, beside the memory's speed."""
+"""Weights in few bits turned back to bfloat16, and float8 products, beside the memory's speed."""
 
 from typing import Any
 
@@ -11,6 +11,26 @@ from ingot.recipe import Quantization
 
 HALF = torch.bfloat16
 BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0, "fp8": 1.0}  # a weight, scales included where they count
+
+
+def checks(bench: Bench) -> dict[str, Any]:
+    """Weights turned back beside their definitions on the CPU, and float8 products beside those of that weight."""
+    torch.manual_seed(0)
+    plain, x = nn.Linear(256, 96, bias=False), torch.randn(48, 256)
+    found: dict[str, Any] = {}
+    for kind in BYTES:
+        layer = QuantizedLinear(plain, Quantization(kind=kind))  # type: ignore[arg-type]
+        whole = layer.dequantized(torch.float32)
+        there = layer.to(bench.device)
+        for dtype, limit in ((torch.float32, 1e-6), (HALF, 2**-8)):
+            apart = (there.dequantized(dtype).cpu().float() - whole).abs().max() / whole.abs().max()
+            found[f"{kind} to {str(dtype)[6:]}"] = {"apart": float(apart), "right": bool(apart <= limit)}
+    there_x = x.to(bench.device, HALF)
+    forward, back = (t.float().cpu() for t in (there.product(there_x), there.transposed_product(there_x[:, :96])))
+    for name, own, true in (("float8 product", forward, x @ whole.t()), ("its gradient", back, x[:, :96] @ whole)):
+        apart = (own - true).norm() / true.norm()
+        found[name] = {"apart": float(apart), "right": bool(apart < 0.05)}  # 3 bits of mantissa
+    return found
 
 
 def cases(bench: Bench, machine: Any, sizes: Any) -> dict[str, Any]:

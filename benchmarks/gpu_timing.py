@@ -25,8 +25,10 @@ class Bench:
     seconds: float = 6.0
     _flush: Tensor | None = field(default=None, repr=False)
 
-    def once(self, function: Callable[[], Any]) -> float:
-        """Seconds of one call, with nothing of it in the cache before."""
+    def once(self, function: Callable[[], Any], *, ahead: bool = False) -> float:
+        """Seconds of one call, with nothing of it in the cache before. `ahead`: the GPU begins when all of it has been
+        launched, so that what Python takes to launch small operations is not timed.
+        """
         if self.device.type != "cuda":
             started = time.perf_counter()
             function()
@@ -34,12 +36,18 @@ class Bench:
         if self._flush is None:
             self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
         self._flush.zero_()
+        if ahead:
+            torch.cuda._sleep(4_000_000)  # cycles, about 2 ms
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         function()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+    def own_bytes(self) -> int:
+        """What this holds on the device itself."""
+        return 0 if self._flush is None else FLUSH_BYTES
 
     def alternate(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]:
         """name -> median and 20/80 % seconds; a contender that raises gets the reason instead."""
@@ -48,7 +56,7 @@ class Bench:
         for name, function in contenders.items():
             try:
                 for _ in range(1 if self.dry else 3):
-                    self.once(function)
+                    self.once(function, ahead=True)
             except Exception as error:  # a peer that is not made for this shape or device is a result, too
                 found[name] = {
                     "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
@@ -58,7 +66,7 @@ class Bench:
         until = time.perf_counter() + self.seconds
         for _ in range(1 if self.dry else self.rounds):
             for name, function in alive.items():
-                times[name].append(self.once(function))
+                times[name].append(self.once(function, ahead=True))
             if time.perf_counter() > until:
                 break
         for name, taken in times.items():
@@ -90,7 +98,9 @@ def forward_backward(function: Function, tensors: Sequence[Tensor], gradients: S
         leaves = [t.detach().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in tensors]
         outputs = function(*leaves)
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        torch.autograd.backward(outputs, list(gradients[: len(outputs)]))
+        # Not `backward`, which copies a gradient that two leaves share. A bare product leaves adapters unused.
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        torch.autograd.grad(outputs, wanted, list(gradients[: len(outputs)]), allow_unused=True)
 
     return run
 

@@ -36,8 +36,18 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": found,
+        "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    """The checkout's commit; `+` where files differ from it."""
+    found = [
+        subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    ]
+    return found[0].strip() + ("+" if found[1] else "") if found[0] else "unknown"
 
 
 def gemm_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
@@ -65,9 +75,17 @@ def run_alone(script: Path, spec: dict[str, Any], out: Path, threads: int, limit
     waiting = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(script), json.dumps(spec), str(out)]
-    ended = subprocess.run(
-        command, env=os.environ | waiting | offline, capture_output=True, text=True, timeout=limit_seconds, check=False
-    )
+    try:
+        ended = subprocess.run(
+            command,
+            env=os.environ | waiting | offline,
+            capture_output=True,
+            text=True,
+            timeout=limit_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{script.name} {spec} did not end within {limit_seconds} s") from error
     if ended.returncode or not out.exists():
         raise RuntimeError(f"{script.name} {spec} failed:\n{(ended.stderr or ended.stdout)[-3000:]}")
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ingot.errors import ModelError
+from ingot.errors import ModelError, RecipeError
 from ingot.model import adapters, fused
 from ingot.model.export import export_model, probes
-from ingot.model.load import is_quantized, load_model, parameter_counts, read_whole, resolve_dtype
+from ingot.model.load import few_bits, load_model, parameter_counts, read_whole, resolve_dtype
 from ingot.model.materialize import ShardReader
 from ingot.model.matrices import matrices
 from ingot.model.quantize import quantized, rounded
@@ -46,6 +46,13 @@ def check_build(recipe: Recipe, home: Path, ranks: Ranks, device: torch.device) 
     """
     recompute.check(recipe.train, device)
     fused.check(recipe.kernels)
+    computes = resolve_dtype(recipe.model.dtype, device)
+    if recipe.adapter.kind == "none" and recipe.optim.weights == "bfloat16" and computes == torch.float32:
+        raise RecipeError(
+            "optim.weights",
+            "bfloat16",
+            "weights in bfloat16 multiply in bfloat16, and model.dtype is float32; set model.dtype=bfloat16 too",
+        )
     if not isinstance(recipe.kernels.ops, list):
         return
     described = recipe.model.model_copy(update={"initialization": "random"})
@@ -214,7 +221,7 @@ def export(
         "base_model": recipe.model.source,
     }
     export_model(model, prepared.tokenizer, run.model, dtype, described)
-    if recipe.quantization.kind != "none" and not is_quantized(recipe.model, run.home):
+    if recipe.quantization.kind != "none" and few_bits(recipe.model, run.home) is None:
         model.to("meta")  # what is exported gives its memory to the other base
         labels = prepared.facts.labels
         facts["merge_difference_full_base"] = over_full_base(recipe, run.home, labels, run.adapter, probed, tuned)

@@ -70,7 +70,7 @@ class Quantization(Section):
 
     kind: Literal["none", "nf4", "int8", "fp8"] = "none"
     """nf4: 4-bit NormalFloat in blocks of 64. int8: a scale a row, for weights only. fp8: float8 e4m3, a scale a row;
-    products run in float8 where the GPU has it."""
+    products of bfloat16 activations run in float8 where the GPU has it and 16 divides both sizes of the weight."""
     double: bool = True
     """nf4: quantize the scales too (0.4 bits a weight less)."""
 
@@ -82,7 +82,8 @@ class Kernels(Section):
     """auto: every operation that this model has a place for. A list: these, and it is an error when the model has no
     place for one of them."""
     impl: Literal["auto", "triton", "torch"] = "auto"
-    """Who computes them. auto: Triton on a GPU, torch on a CPU."""
+    """Who computes them. auto: Triton on a GPU, torch on a CPU. Quantized weights and optim.state choose by
+    themselves."""
 
 
 class Optim(Section):

@@ -322,7 +322,7 @@ def _encode(  # type: ignore[no-untyped-def]
         shares = values / scale
         code = tl.zeros_like(place).to(tl.int32)
         for power in tl.static_range(8):
-            half: tl.constexpr = 128 >> power
+            half = 128 >> power
             code = tl.where(tl.load(edges_ptr + code + half - 1) < shares, code + half, code)
         tl.store(values_ptr + place, code.to(tl.uint8), mask=mask)
         tl.store(scales_ptr + group, tl.broadcast_to(scale, place.shape), mask=first_mask)

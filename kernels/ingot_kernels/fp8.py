@@ -4,8 +4,8 @@
 
 A row of x is quantized with a scale of its own at each product. The scales of W belong to the dimension that dx sums
 over, where a product cannot apply them; they go into dy before it is quantized. So both products see the very same Q,
-which is kept once; dx turns its bytes over into memory that is used again (2 bytes of traffic a weight, less than the
-3 of turning it back into bfloat16).
+which is kept once; dx turns its bytes over (2 bytes of traffic a weight, less than the 3 of turning it back into
+bfloat16).
 
     M rows, N outputs, K inputs
 """
@@ -43,7 +43,7 @@ def quantize_rows_reference(x: Tensor, factors: Tensor | None = None) -> tuple[T
 
 def quantize_rows(x: Tensor, factors: Tensor | None = None, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """`quantize_rows_reference`; on a GPU in one launch."""
-    if not uses_triton(impl, x) or x.numel() == 0:
+    if not _by_triton(impl, x) or x.numel() == 0:
         return quantize_rows_reference(x, factors)
     x = x.contiguous()
     n_rows, n_columns = x.shape
@@ -113,7 +113,7 @@ def dequantize(
         raise ValueError(f"out must be contiguous, {dtype} {list(packed.shape)}; it is {found.dtype}")
     if found.numel() == 0:
         return found
-    if uses_triton(impl, packed):
+    if _by_triton(impl, packed):
         scale_rows(packed.contiguous().view(FLOAT8), scales, found)
     elif dtype == torch.float32:
         found.copy_(packed.view(FLOAT8)).mul_(scales.unsqueeze(1))
@@ -122,9 +122,18 @@ def dequantize(
     return found
 
 
+def _by_triton(impl: Impl, tensor: Tensor) -> bool:
+    """`uses_triton`, but for `auto` torch on GPUs before capability 8.9 (A100): Triton has no float8 e4m3 for them."""
+    return uses_triton(impl, tensor) and (impl == "triton" or _capability(tensor) >= (8, 9))
+
+
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
+
+
 def has_products(tensor: Tensor) -> bool:
     """Whether this device multiplies float8 with a scale a row: compute capability 9.0 (Hopper) and later."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return _capability(tensor) >= (9, 0)
 
 
 def fits(packed: Tensor) -> bool:

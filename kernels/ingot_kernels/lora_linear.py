@@ -144,7 +144,7 @@ def _forward(x: Tensor, projections: Sequence[Projection], states: list[Tensor])
     """(outputs [..., N], x A^T [M, R] of every adapter). Where dropout is drawn its generator's state goes to `states`.
 
     Each product with a base comes last and is added to what its adapters gave. On a CPU the four orders that add in
-    place are alike within the noise, and products added apart were the slowest at every size, by 3 to 5 % in sum
+    place are alike within the noise, and products added apart were the slowest at every size, by 3 to 6 % in sum
     (benchmarks/results/lora_variants.md). This one keeps no second copy of the weight.
     """
     x_MK = x.reshape(-1, x.shape[-1])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ingot_kernels.dispatch import Impl, device_of, jit, tl, triton, uses_triton
+from ingot_kernels.dispatch import Impl, device_of, jit, tl, triton, uses_triton, warps
 
 PROGRAMS = 264  # of a backward pass: two for each multiprocessor of an H100 or H200
 Mode = Literal["llama", "gemma"]
@@ -133,7 +133,7 @@ def _launch_forward(
             _forward_kernel[(M,)](
                 x_MH, residual_MH, x_MH if weight is None else weight.contiguous(), y_MH, total_MH, rstd_M, H, EPS=eps,
                 ADDS=residual is not None, WEIGHTED=weight is not None, GEMMA=mode == "gemma",
-                BLOCK=triton.next_power_of_2(H),
+                BLOCK=triton.next_power_of_2(H), num_warps=warps(triton.next_power_of_2(H)),
             )  # fmt: skip
     return y_MH.view(x.shape), total_MH.view(x.shape), rstd_M
 
@@ -158,7 +158,7 @@ def _launch_backward(
             _backward_kernel[(programs,)](
                 grad_MH, more_MH, x_MH, x_MH if weight is None else weight.contiguous(), rstd_M, dx_MH, partial_PH,
                 M, H, ADDS=grad_total is not None, WEIGHTED=weight is not None, LEARNED=needs_weight,
-                GEMMA=mode == "gemma", BLOCK=triton.next_power_of_2(H),
+                GEMMA=mode == "gemma", BLOCK=triton.next_power_of_2(H), num_warps=warps(triton.next_power_of_2(H)),
             )  # fmt: skip
     dweight = partial_PH.sum(0).to(weight.dtype) if needs_weight and weight is not None else None
     return dx_MH.view(x.shape), dweight

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ingot_kernels.dispatch import Impl, device_of, jit, tl, triton, uses_triton
+from ingot_kernels.dispatch import Impl, device_of, jit, tl, triton, uses_triton, warps
 from ingot_kernels.rms_norm import Mode, _backward, _forward, _launch_backward, rms_norm_reference
 
 
@@ -179,6 +179,7 @@ def _launch(
                 NORMED=weight is not None, GEMMA=options.mode == "gemma", INTERLEAVED=options.interleaved, BACK=back,
                 HEADS=triton.next_power_of_2(G), HALF=triton.next_power_of_2(P // 2),
                 REST=triton.next_power_of_2(D - P) if D > P else 0,
+                num_warps=warps(triton.next_power_of_2(G) * triton.next_power_of_2(D)),
             )  # fmt: skip
     return out, rstd
 

@@ -75,3 +75,10 @@ def test_a_quick_run_writes_a_report_and_a_planted_loss_none(tmp_path: Path) -> 
     )
     assert refused.returncode == 1 and "first step's loss" in refused.stderr
     assert not (tmp_path / "b.json").exists()
+
+
+def test_a_process_that_hangs_is_an_error_of_one_line(bench: dict[str, Any], tmp_path: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text("import time; time.sleep(60)")
+    with pytest.raises(RuntimeError, match=r"hangs\.py \{\} did not end within 1 s"):
+        bench["run_alone"](script, {}, tmp_path / "out.json", 1, limit_seconds=1)

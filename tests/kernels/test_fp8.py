@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from truth import poison
+from truth import DEVICES, poison
 
-from ingot_kernels import fp8
+from ingot_kernels import fp8, quantized
+from ingot_kernels.lora_linear import Adapter, Projection, lora_linear
+from ingot_kernels.quantized import Quantized
 
 
 def case(n_columns=176):
@@ -21,8 +23,11 @@ def test_rounds_to_three_bits_of_mantissa():
     assert ((found - weight).abs() <= weight.abs() * 2**-4 * 1.001 + step).all()
 
 
-def test_products_are_those_of_the_dequantized_weight_up_to_rounding_of_rows():
-    x, packed, scales, weight = case()
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_are_those_of_the_dequantized_weight_up_to_rounding_of_rows(device):
+    x, packed, scales, weight = (t.to(device) for t in case())
+    x = x.bfloat16().to(x.dtype) if device == "cpu" else x.bfloat16()
+    weight = weight.to(x.dtype)
     for found, expected in (
         (fp8.product(x, packed, scales), x @ weight.t()),
         (fp8.transposed_product(x @ weight.t(), packed, scales), x @ weight.t() @ weight),
@@ -62,3 +67,30 @@ def test_triton_quantizes_rows_as_torch_does(scaled, n_columns, monkeypatch):
     sure = (mantissa != 0.5) & (expected.float().abs() >= 2**-6)
     assert sure.float().mean() > 0.8
     assert torch.equal(ours.float()[sure], expected.float()[sure])
+
+
+def test_an_a100_turns_float8_back_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, scales = fp8.quantize(torch.randn(5, 7))
+    expected = fp8.dequantize_reference(packed, scales, torch.bfloat16)
+    monkeypatch.setattr(fp8, "uses_triton", lambda impl, tensor: True)
+    monkeypatch.setattr(fp8, "_capability", lambda tensor: (8, 0))
+    monkeypatch.setattr(fp8, "scale_rows", None)
+    assert torch.equal(fp8.dequantize(packed, scales, torch.bfloat16), expected)
+    assert torch.equal(fp8.quantize_rows(expected)[1], fp8.quantize_rows_reference(expected)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapted_layer_multiplies_in_float8_where_it_can(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, packed, scales, _ = case()
+    a, b = torch.randn(4, 176) / 13, torch.randn(64, 4)
+    base = Quantized("fp8", (64, 176), [packed, scales])
+    found = []
+    for in_float8 in (False, True):
+        monkeypatch.setattr(quantized, "in_float8", lambda *arguments, yes=in_float8: yes)
+        given = x.to(dtype).requires_grad_()
+        [y] = lora_linear(given, [Projection(base, None, (Adapter(a, b, 0.5),))])
+        found.append((y.detach(), *torch.autograd.grad(y, given, y.detach())))
+    low = (x @ a.t() @ b.t() * 0.5).to(dtype)  # the adapter's part is in both
+    assert (found[1][0] - low).norm() > 0.5 * low.norm()
+    for plain, rounded in zip(*found, strict=True):
+        assert 1e-3 * plain.norm() < (plain - rounded).norm() < 0.06 * plain.norm()

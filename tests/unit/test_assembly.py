@@ -1,6 +1,7 @@
 """The model that trains, and the one that is exported, on one rank."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,22 @@ def recipe_of(folder: Path, **sections: dict[str, Any]) -> Recipe:
     base = {"name": "assembly", "data": {"train": "unused"}, "objective": {"task": "language-modeling"}, "model": model}
     base["parallel"] = {"strategy": "none"}
     return parse_recipe({**base, **sections})
+
+
+@pytest.mark.parametrize(
+    ("sections", "refused"),
+    [
+        ({"adapter": {"kind": "none"}}, True),
+        ({"adapter": {"kind": "none"}, "model": {"dtype": "bfloat16"}}, False),
+    ],
+)
+def test_weights_in_bfloat16_are_for_products_in_bfloat16(
+    model_folder: Path, sections: dict[str, Any], refused: bool
+) -> None:
+    recipe = recipe_of(model_folder, optim={"weights": "bfloat16"}, **sections)
+    expected = pytest.raises(RecipeError, match=r"set model\.dtype=bfloat16 too") if refused else nullcontext()
+    with expected:
+        check_build(recipe, model_folder, Ranks(), CPU)
 
 
 @pytest.mark.parametrize("kind", ["lora", "none"])

@@ -11,7 +11,7 @@ from ingot.assembly import build, over_full_base
 from ingot.errors import IngotError
 from ingot.model import adapters
 from ingot.model.export import export_model, probes
-from ingot.model.load import is_quantized, resolve_dtype
+from ingot.model.load import few_bits, resolve_dtype
 from ingot.model.runtime import Runtime
 from ingot.ranks import Ranks
 from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
@@ -104,7 +104,7 @@ def _merged(trial: Trial, model: Any, before: float, folder: Path, name: str) ->
         return Verdict(name, Status.failed, str(error), fix)
     verdict = _after_export(trial, merged, before, folder, name)
     facts, because = {**verdict.facts, "logits": difference}, verdict.because
-    if quantized and not is_quantized(recipe.model, trial.subject.home):
+    if quantized and few_bits(recipe.model, trial.subject.home) is None:
         labels = trial.subject.prepared.facts.labels
         apart = over_full_base(recipe, trial.subject.home, labels, folder / "adapter", probed, tuned)
         facts["logits_full_base"] = apart

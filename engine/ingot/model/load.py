@@ -107,10 +107,19 @@ def context_length(model: Model, folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
 
 
-def is_quantized(model: Model, folder: Path) -> bool:
-    """Whether the weights of `model.source` lie there in few bits, so that there are none in full size."""
+def few_bits(model: Model, folder: Path) -> str | None:
+    """How the weights of `model.source` lie there in few bits, so that there are none in full size: nf4, which is read,
+    or what its configuration calls it. None: they are in full size.
+    """
     config = json.loads((model_folder(model, folder, weights=False) / "config.json").read_text(encoding="utf-8"))
-    return "quantization_config" in config
+    section = config.get("quantization_config")
+    if section is None:
+        return None
+    if section.get("quant_method") != "bitsandbytes":
+        return str(section.get("quant_method"))
+    if not section.get("load_in_4bit"):
+        return "8 bits of bitsandbytes"
+    return str(section.get("bnb_4bit_quant_type", "fp4"))
 
 
 def read_whole(kind: Any, path: Path, **options: Any) -> nn.Module:

@@ -1,9 +1,10 @@
 """A frozen base in few bits: linear layers whose weight is kept quantized and turned back for each product.
 
-The only file that imports bitsandbytes, which is faster at NF4 (Dettmers et al. 2023) where it is installed; the same
-bytes come from `ingot_kernels.nf4` where it is not. int8 and fp8 are a scale a row, for weights only. bitsandbytes'
-layers are not used: they rewrite their weight when they evaluate on a CPU, and keep what FSDP and DDP must see outside
-of parameters. Here every part is a plain frozen parameter, which any strategy may cut, send or leave.
+The only file that imports bitsandbytes, which is faster at NF4 (Dettmers et al. 2023) where it is installed;
+`ingot_kernels.nf4` gives the same bytes, but for about one quantized scale in a thousand, where it is not. int8 and fp8
+are a scale a row, for weights only. bitsandbytes' layers are not used: they rewrite their weight when they evaluate on
+a CPU, and keep what FSDP and DDP must see outside of parameters. Here every part is a plain frozen parameter, which any
+strategy may cut, send or leave.
 
     N outputs, K inputs, M rows of the activation
 """

@@ -15,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
-from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+# Both lie here in 5.17, where the second has no module of its own yet, and in 5.23.
+from transformers.distributed.tensor_parallel import (  # type: ignore[attr-defined]
+    ALL_PARALLEL_STYLES,
+    replace_layer_number_by_wildcard,
+)
 
 from ingot.errors import RecipeError
 

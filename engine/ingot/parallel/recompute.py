@@ -5,6 +5,7 @@ activations, rotations, casts. Korthikanti et al. 2022 (arXiv 2205.05198) do the
 whole matrix of scores; fused attention does not, so here products and attention are the dear ones.
 """
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ PRODUCTS = {
 # A product over no more than so many numbers costs about what it takes to read its result. Kept, those of rank 16 made
 # `selective` hold more than `none` (358 and 324 MiB; 8 layers of 512, 1,024 tokens, float32).
 NARROW = 128
+COMPILERS = ("g++", "clang++", "c++")
 ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention",
@@ -52,7 +54,13 @@ def apply_activations(model: nn.Module, train: Train, device: torch.device) -> N
 
 
 def check(train: Train, device: torch.device) -> None:
-    """Raise RecipeError for `offload_activations` where there is no other memory to move to."""
+    """Raise RecipeError for `offload_activations` where there is no other memory to move to, and for `compile` without
+    the compiler that torch.compile writes code for.
+    """
+    if train.compile and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+        raise RecipeError(
+            "train.compile", True, f"needs a C++ compiler on a CPU: install one of {', '.join(COMPILERS)}"
+        )
     if train.offload_activations and device.type != "cuda":
         raise RecipeError(
             "train.offload_activations",

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ingot.errors import RecipeError
-from ingot.model.load import is_quantized, load_model
+from ingot.errors import MissingPackage, RecipeError
+from ingot.model.load import few_bits, load_model
 from ingot.model.split import planned
 from ingot.parallel import context, tensor
 from ingot.parallel.layout import Layout
@@ -39,9 +40,16 @@ def check_model(recipe: Recipe, home: Path) -> None:
     Only its configuration is read.
     """
     section = recipe.parallel
-    if is_quantized(recipe.model, home) and recipe.quantization.kind != "nf4":
+    form = few_bits(recipe.model, home)
+    if form is not None and form != "nf4":
+        raise RecipeError(
+            "model.source", recipe.model.source, f"holds its weights as {form}; use the weights in full size, or in nf4"
+        )
+    if form is not None and recipe.quantization.kind != "nf4":
         kind = recipe.quantization.kind
         raise RecipeError("quantization.kind", kind, f"{recipe.model.source} holds weights in few bits; use nf4")
+    if form is not None and find_spec("bitsandbytes") is None:
+        raise MissingPackage("bitsandbytes", f"reading the 4-bit weights of {recipe.model.source}")
     if section.context * section.tensor == 1:
         return
     with torch.device("meta"):

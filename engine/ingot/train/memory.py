@@ -180,18 +180,19 @@ def _levers(failure: Failure, recipe: Recipe, budget: int, world: int) -> Iterat
             yield f"train.tokens_per_microbatch={smaller} (now {budget}): the same result, a little slower"
         if recipe.data.batches == "padded":
             yield "data.batches=padding-free (now padded): the same result, no memory for padding"
-        if train.activation_checkpointing == "none" and parallel.tensor == 1:
+        if train.activation_checkpointing == "none" and parallel.tensor == 1 and not train.compile:
             yield "train.activation_checkpointing=selective: the same result, half of the activations, a little slower"
-        if train.activation_checkpointing != "full":
+        if train.activation_checkpointing != "full" and not train.compile:
             yield "train.activation_checkpointing=full: the same result, about a third more time"
-        if not train.offload_activations and not train.compile and torch.cuda.is_available():
+        movable = not train.compile and parallel.strategy != "zero3" and torch.cuda.is_available()
+        if movable and not train.offload_activations:
             yield "train.offload_activations=true: the same result, activations wait in CPU memory"
         if smaller >= budget and failure.load.longest:
             shorter = max(1, failure.load.longest // 2)
             yield f"data.max_tokens={shorter} (now {recipe.data.max_tokens}): longer rows lose their end"
-    if recipe.adapter.kind == "none":
+    if recipe.adapter.kind == "none" and recipe.optim.weights == "float32":
         yield "adapter.kind=lora (now none): gradients and optimizer state of a small part of the weights only"
-    elif recipe.quantization.kind == "none":
+    elif recipe.adapter.kind != "none" and recipe.quantization.kind == "none" and parallel.tensor == 1:
         yield "quantization.kind=nf4 (now none): a quarter of a bfloat16 base's memory"
     if recipe.optim.state == "float32" and parallel.tensor == 1 and not parallel.strategy.startswith("zero"):
         yield "optim.state=int8 (now float32): a quarter of the optimizer state"

@@ -11,15 +11,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+from ingot.errors import RecipeError
 from ingot.model import adapters, fused
 from ingot.model.documents import Documents
 from ingot.model.load import logits_of
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.parallel import recompute
 from ingot.parallel.recompute import NARROW, compile_blocks, keep_products, recompute_blocks
-from ingot.recipe import Adapter, Kernels
+from ingot.recipe import Adapter, Kernels, Train
 from ingot_kernels.lora_linear import Adapter as Pair
 from ingot_kernels.lora_linear import Projection, lora_linear
+
+
+def test_compile_without_a_compiler_is_refused_before_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    recompute.check(Train(compile=True), torch.device("cpu"))
+    monkeypatch.setattr(recompute.shutil, "which", lambda name: None)
+    recompute.check(Train(compile=True), torch.device("cuda"))
+    with pytest.raises(RecipeError, match=r"train\.compile = True: needs a C\+\+ compiler"):
+        recompute.check(Train(compile=True), torch.device("cpu"))
+
 
 IDS = torch.tensor([[3, 5, 7, 9, 11]])
 PROBE = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}

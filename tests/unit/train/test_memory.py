@@ -228,3 +228,13 @@ def test_device_that_is_full_gets_smaller_batches(row_lists, make_recipe, make_m
         OBJECTIVES["language-modeling"] = original
     assert any("from here on train.tokens_per_microbatch is 32" in line for line in said)
     assert losses == pytest.approx(whole, abs=1e-5)
+
+
+def test_levers_are_settings_that_go_together(monkeypatch, row_lists, make_recipe, make_sharded, curve):
+    recipe = make_recipe(train={"compile": True})
+    plant(monkeypatch, 60)
+    with pytest.raises(OutOfMemory) as caught:
+        curve(make_sharded(recipe), row_lists, recipe)
+    message = str(caught.value)
+    assert "train.tokens_per_microbatch=32" in message
+    assert "activation_checkpointing" not in message and "offload_activations" not in message
