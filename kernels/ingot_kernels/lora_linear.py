@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ingot_kernels.dispatch import Impl, uses_triton
+from ingot_kernels.dropout import again, generator_of, mask_of
 from ingot_kernels.quantized import PARTS, Quantized
 
 
@@ -134,36 +135,51 @@ class _Linears(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        n_adapters = len(saved) // 3
+        n_downs = len(saved) - 2 * sum(len(projection.adapters) for projection in ctx.projections)
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-        dx, *found = _backward(x, ctx.projections, saved[:n_adapters], saved[n_adapters:], grads, needs, ctx.states)
+        dx, *found = _backward(x, ctx.projections, saved[:n_downs], saved[n_downs:], grads, needs, ctx.states)
         return dx, None, *found
 
 
 def _forward(x: Tensor, projections: Sequence[Projection], states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """(outputs [..., N], x A^T [M, R] of every adapter). Where dropout is drawn its generator's state goes to `states`.
+    """(outputs [..., N], what adapters made of x: `_stacked`'s first, where there is one, then x A^T [M, R] of each
+    that drops). Where dropout is drawn its generator's state goes to `states`.
 
     Each product with a base comes last and is added to what its adapters gave. On a CPU the four orders that add in
     place are alike within the noise, and products added apart were the slowest at every size, by 3 to 6 % in sum
     (benchmarks/results/lora_variants.md). This one keeps no second copy of the weight.
     """
     x_MK = x.reshape(-1, x.shape[-1])
-    outputs, downs = [], []
+    a_SK, ranks = _stacked(projections, x.dtype)
+    downs = [] if a_SK is None else [x_MK @ a_SK.t()]
+    shared, outputs = iter(downs[0].split(ranks, 1) if downs else ()), []
     for projection in projections:
         y_MN: Tensor | None = None
         for adapter in projection.adapters:
-            dropped = x_MK
             if adapter.dropout:
-                states.append(_generator(x.device).get_state())
-                dropped = x_MK * _kept(x_MK, adapter.dropout, _generator(x.device))
-            downs.append(dropped @ adapter.a.to(x.dtype).t())
+                states.append(generator_of(x.device).get_state())
+                dropped = x_MK * mask_of(x_MK, adapter.dropout, generator_of(x.device))
+                downs.append(dropped @ adapter.a.to(x.dtype).t())
+            down_MR = downs[-1] if adapter.dropout else next(shared)
             up_RN = (adapter.b * adapter.factor).to(x.dtype).t()
-            y_MN = downs[-1] @ up_RN if y_MN is None else y_MN.addmm_(downs[-1], up_RN)
+            y_MN = down_MR @ up_RN if y_MN is None else y_MN.addmm_(down_MR, up_RN)
         y_MN = _product(x_MK, projection.weight, y_MN)
         if projection.bias is not None:
             y_MN += projection.bias.to(y_MN.dtype)
         outputs.append(y_MN.view(*x.shape[:-1], y_MN.shape[-1]))
     return outputs, downs
+
+
+def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor | None, list[int]]:
+    """(the A's of all adapters that drop nothing, one below the other [S, K]; their ranks), or (None, []): x is read
+    once for queries, keys and values, and once for their gradients (benchmarks/results/lora_variants.md: 2 to 10 % of theirs).
+    """
+    found = [
+        adapter.a.to(dtype) for projection in projections for adapter in projection.adapters if not adapter.dropout
+    ]
+    if not found:
+        return None, []
+    return (found[0] if len(found) == 1 else torch.cat(found)), [len(a_RK) for a_RK in found]
 
 
 def _backward(
@@ -176,23 +192,38 @@ def _backward(
     states: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of x and of `tensors`, A and B of every adapter in turn: those that `needs` says, None otherwise."""
-    x_MK = x.reshape(-1, x.shape[-1])
-    left, found, number = iter(states), list[Tensor | None](), 0
+    x_MK, grads_MN = x.reshape(-1, x.shape[-1]), [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+    pairs = [(g, adapter) for g, one in zip(grads_MN, projections, strict=True) for adapter in one.adapters]
+    a_SK, ranks = _stacked(projections, x.dtype)
+    shared, dropping = iter(downs[0].split(ranks, 1) if ranks else ()), iter(downs[1:] if ranks else downs)
+    left, found = iter(states), list[Tensor | None]([None] * len(tensors))
     dx_MK: Tensor | None = None
-    for projection, grad in zip(projections, grads, strict=True):
-        grad_MN = grad.reshape(-1, grad.shape[-1])
-        for adapter in projection.adapters:
-            a_RK, b_NR = tensors[2 * number], tensors[2 * number + 1]
-            grad_MR = grad_MN @ (b_NR * adapter.factor).to(x.dtype)
-            kept = _kept(x_MK, adapter.dropout, _again(next(left), x.device)) if adapter.dropout else None
-            input_MK = x_MK if kept is None else x_MK * kept
-            found.append(_summed(grad_MR, input_MK, a_RK.dtype) if needs[2 * number + 1] else None)
-            db_NR = _summed(grad_MN, downs[number], b_NR.dtype) if needs[2 * number + 2] else None
-            found.append(None if db_NR is None else db_NR.mul_(adapter.factor))
-            if needs[0]:
-                dx_MK = _added(dx_MK, grad_MR, a_RK.to(x.dtype), kept)
-            number += 1
+    stacked: list[tuple[int, Tensor]] = []  # place of A among `tensors`, gradient of x A^T [M, R]
+    for place, (grad_MN, adapter) in zip(range(0, len(tensors), 2), pairs, strict=True):
+        a_RK, b_NR = tensors[place : place + 2]
+        grad_MR = grad_MN @ (b_NR * adapter.factor).to(x.dtype)
+        down_MR = next(dropping if adapter.dropout else shared)
+        if needs[place + 2]:
+            found[place + 1] = _summed(grad_MN, down_MR, b_NR.dtype).mul_(adapter.factor)
+        if not adapter.dropout:
+            stacked.append((place, grad_MR))
+            continue
+        kept = mask_of(x_MK, adapter.dropout, again(next(left), x.device))
+        if needs[place + 1]:
+            found[place] = _summed(grad_MR, x_MK * kept, a_RK.dtype)
         if needs[0]:
+            part_MK = (grad_MR @ a_RK.to(x.dtype)).mul_(kept)
+            dx_MK = part_MK if dx_MK is None else dx_MK.add_(part_MK)
+    if a_SK is not None:
+        grad_MS = torch.cat([grad_MR for _, grad_MR in stacked], 1)
+        if any(needs[place + 1] for place, _ in stacked):
+            da_SK = _summed(grad_MS, x_MK, tensors[stacked[0][0]].dtype)
+            for (place, _), da_RK in zip(stacked, da_SK.split(ranks), strict=True):
+                found[place] = da_RK.to(tensors[place].dtype, copy=True) if needs[place + 1] else None
+        if needs[0]:
+            dx_MK = grad_MS @ a_SK if dx_MK is None else dx_MK.addmm_(grad_MS, a_SK)
+    if needs[0]:
+        for grad_MN, projection in zip(grads_MN, projections, strict=True):
             dx_MK = _transposed_product(grad_MN, projection.weight, dx_MK)
     return [None if dx_MK is None else dx_MK.view(x.shape), *found]
 
@@ -224,33 +255,6 @@ def _transposed_product(grad_MN: Tensor, weight: Tensor | Base, dx_MK: Tensor | 
         return weight.transposed_product(grad_MN, dx_MK)
     weight = weight.to(grad_MN.dtype)
     return grad_MN @ weight if dx_MK is None else dx_MK.addmm_(grad_MN, weight)
-
-
-def _added(dx_MK: Tensor | None, grad_MR: Tensor, a_RK: Tensor, kept: Tensor | None) -> Tensor:
-    """An adapter's part of the gradient of x, added to `dx_MK` in place."""
-    if kept is not None:
-        part_MK = (grad_MR @ a_RK).mul_(kept)
-        return part_MK if dx_MK is None else dx_MK.add_(part_MK)
-    return grad_MR @ a_RK if dx_MK is None else dx_MK.addmm_(grad_MR, a_RK)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The one that torch draws from on this device."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
-    return torch.default_generator
-
-
-def _again(state: Tensor, device: torch.device) -> torch.Generator:
-    """A generator that draws once more what was drawn: a mask is not kept, but its seed is."""
-    generator = torch.Generator(device)
-    generator.set_state(state)
-    return generator
-
-
-def _kept(x_MK: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """1 / (1 - p) where an element stays, 0 where it is dropped, with probability p [M, K]."""
-    return torch.empty_like(x_MK).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
 # --- for torch.compile: two operations that it does not look into. They take plain values only: parts of the bases, A
@@ -322,7 +326,7 @@ def _rebuilt(
 def _linears(
     x: Tensor, bases: list[Tensor], adapters: list[Tensor], kinds: str, sizes: list[int], counts: list[int]
 ) -> list[Tensor]:
-    """Outputs [..., N], then x A^T [M, R] of every adapter."""
+    """Outputs [..., N], then x with the A's of all adapters [M, S], where there are any."""
     outputs, downs = _forward(x, _rebuilt(x, bases, adapters, kinds, sizes, counts), [])
     return [*outputs, *downs]
 
@@ -360,7 +364,7 @@ _gradients_op: Any = torch.library.custom_op(
 def _(x: Tensor, bases: Any, adapters: list[Tensor], kinds: str, sizes: list[int], counts: Any) -> list[Tensor]:
     rows = x.shape[:-1]
     outputs = [x.new_empty(*rows, size) for size in sizes]
-    return outputs + [x.new_empty(math.prod(rows), a.shape[0]) for a in adapters[::2]]
+    return outputs + ([x.new_empty(math.prod(rows), sum(a.shape[0] for a in adapters[::2]))] if adapters else [])
 
 
 @_gradients_op.register_fake

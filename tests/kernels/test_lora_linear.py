@@ -171,16 +171,22 @@ def test_strided_and_expanded_inputs() -> None:
     check_against_truth(expanded(kernel), expanded(reference), one)
 
 
-@pytest.mark.parametrize("fault", ["sign", "factor", "term", "stale"])
+@pytest.mark.parametrize("fault", ["sign", "factor", "term", "stale", "order"])
 def test_planted_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, weights = drawn((13, 17), (11, 5), 3, 1, torch.float32, "cpu")
     kernel, reference = (adapted(f, weights, [None, None], 1) for f in (lora_linear, lora_linear_reference))
-    own, added, product = module._transposed_product, module._added, module._product
+    own, summed, product, stacked = module._transposed_product, module._summed, module._product, module._stacked
+
+    def upside_down(*arguments: Any) -> Any:
+        a_SK, ranks = stacked(*arguments)
+        return torch.cat(a_SK.split(ranks)[::-1]), ranks
+
     faults: dict[str, tuple[str, Any]] = {
-        "sign": ("_added", lambda dx, g, a, kept: added(dx, -g, a, kept)),
+        "sign": ("_summed", lambda left, right, dtype: -summed(left, right, dtype)),
         "factor": ("_product", lambda x, w, y: product(x, w, None if y is None else y / FACTOR)),
         "term": ("_transposed_product", lambda g, w, dx: own(g, w, None)),
-        "stale": ("_added", lambda dx, g, a, kept: added(g @ a if dx is None else dx, g, a, kept)),
+        "stale": ("_transposed_product", lambda g, w, dx: own(g, w, dx + dx)),
+        "order": ("_stacked", upside_down),
     }
     monkeypatch.setattr(module, *faults[fault])
     with pytest.raises(AssertionError, match="from the truth"):
@@ -195,7 +201,7 @@ def test_dropout_is_drawn_again_for_the_backward_pass(reentrant: bool) -> None:
     torch.manual_seed(3)
     [y] = lora_linear(x, projection)
     torch.manual_seed(3)
-    kept = module._kept(x.detach(), 0.4, torch.default_generator)
+    kept = module.mask_of(x.detach(), 0.4, torch.default_generator)
     assert kept.unique().tolist() == pytest.approx([0, 1 / 0.6]) and 0.55 < (kept > 0).float().mean() < 0.65
     wanted = x @ weights[0].t() + ((x * kept) @ a.t()) @ b.t() * FACTOR
     torch.testing.assert_close(y, wanted)
@@ -223,7 +229,7 @@ def test_equals_peft(options: dict[str, Any], second: bool, monkeypatch: pytest.
         # The same elements stay in both, in place of a draw.
         monkeypatch.setattr(F, "dropout", lambda x, *_: x * fixed)
         monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x * fixed)
-        monkeypatch.setattr(module, "_kept", lambda x, *_: fixed.view(x.shape))
+        monkeypatch.setattr(module, "mask_of", lambda x, *_: fixed.view(x.shape))
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(24, 40))
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["0"], **options)
