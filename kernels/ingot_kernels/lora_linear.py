@@ -146,7 +146,7 @@ def _forward(x: Tensor, projections: Sequence[Projection], states: list[Tensor])
     that drops). Where dropout is drawn its generator's state goes to `states`.
 
     Each product with a base comes last and is added to what its adapters gave. On a CPU the four orders that add in
-    place are alike within the noise, and products added apart were the slowest at every size, by 3 to 6 % in sum
+    place are alike within the noise, and products added apart were the slowest at every size, by 4 to 20 % in sum
     (benchmarks/results/lora_variants.md). This one keeps no second copy of the weight.
     """
     x_MK = x.reshape(-1, x.shape[-1])
@@ -172,7 +172,7 @@ def _forward(x: Tensor, projections: Sequence[Projection], states: list[Tensor])
 
 def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor | None, list[int]]:
     """(the A's of all adapters that drop nothing, one below the other [S, K]; their ranks), or (None, []): x is read
-    once for queries, keys and values, and once for their gradients (benchmarks/results/lora_variants.md: 2 to 10 % of theirs).
+    once for queries, keys and values, and once for their gradients (2 to 10 % of theirs, lora_variants.md).
     """
     found = [
         adapter.a.to(dtype) for projection in projections for adapter in projection.adapters if not adapter.dropout

@@ -55,7 +55,12 @@ def curves(trainer: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Every cell on one rank and, in one launch, on two."""
     out = tmp_path_factory.mktemp("experts")
     fsdp = (EXPERTS, LORA, {"strategy": "fsdp"})
-    two = [cell(name, model, adapter, parallel) for name, (model, adapter, parallel, _) in SHARED.items()]
+    # Weights of experts are compared without fused operations: Adam makes 4e-5 of one out of another rounding of a
+    # gradient that is next to nothing. `half` and `rest` have them, and the losses of `fsdp`.
+    two = [
+        cell(name, model, adapter, parallel, fused=name not in ("ddp", "fsdp"))
+        for name, (model, adapter, parallel, _) in SHARED.items()
+    ]
     two += [cell("half", *fsdp, folder="halves", stop=4), cell("rest", *fsdp, folder="halves", resume=True)]
     two += [cell("tensor", EXPERTS, LORA, {"strategy": "ddp", "tensor": 2}, fails=True)]
     processes = trainer.launch(2, two, out)
