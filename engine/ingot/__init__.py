@@ -1,8 +1,7 @@
 """Ingot: one recipe from a foundation model and data to a tested, servable model.
 
 The verbs are loaded when they are first used, so that `import ingot` does not import torch. No folder of this package
-is
-named like a verb: importing a submodule binds its name here, and `ingot.evaluate(...)` would call a module.
+is named like a verb: importing a submodule binds its name here, and `ingot.evaluate(...)` would call a module.
 """
 
 from importlib import import_module

@@ -159,16 +159,11 @@ def product(x: Tensor, packed: Tensor, scales: Tensor, *, impl: Impl = "auto") -
     return (wide * scale_M.unsqueeze(1).to(x.dtype)).mul_(scales.to(x.dtype))
 
 
-def transposed_product(
-    grad: Tensor, packed: Tensor, scales: Tensor, turned: Tensor | None = None, *, impl: Impl = "auto"
-) -> Tensor:
-    """grad [M, N] -> grad W [M, K] in the type of `grad`, with grad times the scales of W in float8.
-
-    `turned` uint8 [K, N] is memory for the turned bytes; without it they are made anew.
-    """
+def transposed_product(grad: Tensor, packed: Tensor, scales: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """grad [M, N] -> grad W [M, K] in the type of `grad`, with grad times the scales of W in float8."""
     grad8, scale_M = quantize_rows(grad, scales, impl=impl)
     if has_products(grad):
-        bytes_KN = packed.t().contiguous() if turned is None else turned.copy_(packed.t())
+        bytes_KN = packed.t().contiguous()
         ones = torch.ones((1, packed.shape[1]), dtype=torch.float32, device=grad.device)
         return torch._scaled_mm(
             grad8, bytes_KN.view(FLOAT8).t(), scale_a=scale_M.unsqueeze(1), scale_b=ones, out_dtype=torch.bfloat16

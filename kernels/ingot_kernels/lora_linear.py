@@ -150,7 +150,8 @@ def _forward(x: Tensor, projections: Sequence[Projection], states: list[Tensor])
     (benchmarks/results/lora_variants.md). This one keeps no second copy of the weight.
     """
     x_MK = x.reshape(-1, x.shape[-1])
-    a_SK, ranks = _stacked(projections, x.dtype)
+    sharing = [adapter.a for projection in projections for adapter in projection.adapters if not adapter.dropout]
+    a_SK, ranks = _stacked(sharing, x.dtype)
     downs = [] if a_SK is None else [x_MK @ a_SK.t()]
     shared, outputs = iter(downs[0].split(ranks, 1) if downs else ()), []
     for projection in projections:
@@ -170,16 +171,14 @@ def _forward(x: Tensor, projections: Sequence[Projection], states: list[Tensor])
     return outputs, downs
 
 
-def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor | None, list[int]]:
-    """(the A's of all adapters that drop nothing, one below the other [S, K]; their ranks), or (None, []): x is read
-    once for queries, keys and values, and once for their gradients (2 to 10 % of theirs, lora_variants.md).
+def _stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor | None, list[int]]:
+    """(the A's of adapters that drop nothing, one below the other [S, K]; their ranks), or (None, []): x is read once
+    for queries, keys and values, and once for their gradients (2 to 10 % of theirs, lora_variants.md).
     """
-    found = [
-        adapter.a.to(dtype) for projection in projections for adapter in projection.adapters if not adapter.dropout
-    ]
-    if not found:
+    if not parts:
         return None, []
-    return (found[0] if len(found) == 1 else torch.cat(found)), [len(a_RK) for a_RK in found]
+    whole = parts[0] if len(parts) == 1 else torch.cat([a_RK.to(dtype) for a_RK in parts])
+    return whole.to(dtype), [len(a_RK) for a_RK in parts]
 
 
 def _backward(
@@ -194,7 +193,8 @@ def _backward(
     """Gradients of x and of `tensors`, A and B of every adapter in turn: those that `needs` says, None otherwise."""
     x_MK, grads_MN = x.reshape(-1, x.shape[-1]), [grad.reshape(-1, grad.shape[-1]) for grad in grads]
     pairs = [(g, adapter) for g, one in zip(grads_MN, projections, strict=True) for adapter in one.adapters]
-    a_SK, ranks = _stacked(projections, x.dtype)
+    sharing = [a_RK for a_RK, (_, adapter) in zip(tensors[::2], pairs, strict=True) if not adapter.dropout]
+    a_SK, ranks = _stacked(sharing, x.dtype)
     shared, dropping = iter(downs[0].split(ranks, 1) if ranks else ()), iter(downs[1:] if ranks else downs)
     left, found = iter(states), list[Tensor | None]([None] * len(tensors))
     dx_MK: Tensor | None = None
