@@ -90,6 +90,7 @@ def run_metrics(run: Path, name: str) -> list[float]:
     return [p["metrics"][name] for p in read_metrics(run / "metrics.jsonl") if name in p["metrics"]]
 
 
+@pytest.mark.slow  # 18 s
 def test_more_ranks_than_rows_in_a_step(recipe_file, tmp_path):
     """One row a step: the second rank has nothing to add and still must not stall or change the gradient."""
     one = trained(1, recipe_file, tmp_path / "one", "train.tokens_per_step=10", "train.max_steps=4")

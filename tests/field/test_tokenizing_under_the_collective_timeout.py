@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ingot.recipe_io import dump_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,7 @@ SCRIPT = ROOT / "tests" / "distributed" / "data_ranks.py"
 TIMEOUT_MINUTES, ENCODING_SECONDS = 0.05, 8.0
 
 
+@pytest.mark.slow  # it waits
 def test_encoding_may_take_longer_than_a_collective(tmp_path: Path, model_folder: Path) -> None:
     rows = [{"text": f"item {n} costs {n * 7 % 50} euros"} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -245,6 +245,7 @@ def test_compiled_blocks_give_the_same_and_compile_once(kind, backend):
     assert 0 < graphs <= 8, "parts of a block, shared by all blocks; another length or number of documents adds none"
 
 
+@pytest.mark.slow  # inductor: 20 s; tests/kernels/test_lora_linear_compiled.py counts graphs without it
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it looks at a block's input
 def test_fused_blocks_give_the_same_and_more_of_them_compile_nothing_more():
