@@ -13,8 +13,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 INSTALLED := $(VENV)/.installed
 # Extra arguments: make test ARGS="-k recipe", make quickstart ARGS="--summary out.json"
 ARGS ?=
+# Up to four processes, each with the tests of whole files and one thread: small tensors gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -q
 
-.PHONY: help install quickstart test test-slow test-gpu bench bench-train-cpu bench-gpu lint format docs clean
+.PHONY: help install quickstart test test-slow test-gpu bench bench-train-cpu bench-eval bench-gpu bench-serve bench-package lint format docs clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,16 +38,21 @@ quickstart: install ## Fine-tune, evaluate, package and serve the embedded model
 	@$(BIN)/ingot run recipes/quickstart.yaml $(ARGS)
 
 test: install ## Run the tests but the slow ones and those for a GPU.
-	@$(BIN)/python -m pytest -m "not slow and not gpu" -q $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-slow: install ## Run the long tests: training on real data.
-	@$(BIN)/python -m pytest -m "slow and not gpu" -q $(ARGS)
+	@# Ranks that wait for each other need the cores to themselves: those files one after the other.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 1200 -m "slow and not gpu" tests/distributed $(ARGS) || test $$? = 5  # none of them
+	@$(PYTEST) --timeout 1200 -m "slow and not gpu" --ignore tests/distributed $(ARGS) || test $$? = 5  # none of them
 
 test-gpu: install ## Run the tests that need a CUDA device.
 	@$(BIN)/python -m pytest -m gpu -q $(ARGS)
 
 bench: install ## Run every benchmark, the GPU's where there is one (hours; results in benchmarks/results/).
 	@failed=; $(MAKE) bench-train-cpu || failed=train_cpu; \
+	$(MAKE) bench-eval || failed="$$failed eval"; \
+	$(MAKE) bench-package || failed="$$failed package"; \
+	$(MAKE) bench-serve || failed="$$failed serve"; \
 	for part in banking77 packing data_path sharded_loading lora_variants quantization; do \
 		$(BIN)/python benchmarks/$$part.py || failed="$$failed $$part"; done; \
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
@@ -54,6 +61,15 @@ bench: install ## Run every benchmark, the GPU's where there is one (hours; resu
 
 bench-train-cpu: install ## Time training beside TRL, Trainer, a plain loop. OUT=file.json (and .md, .png)
 	@$(BIN)/python benchmarks/train_cpu.py --minutes 25 $(if $(OUT),--out $(OUT)) $(ARGS)
+
+bench-eval: install ## Time evaluation beside lm-evaluation-harness, compare scores. OUT=file.json (and .md)
+	@$(BIN)/python benchmarks/eval.py --minutes 12 $(if $(OUT),--out $(OUT)) $(ARGS)
+
+bench-package: install ## Measure packaging a model of 4 GB: memory, bytes, seconds. OUT=file.json (and .md)
+	@$(BIN)/python benchmarks/package_large.py $(if $(OUT),--out $(OUT)) $(ARGS)
+
+bench-serve: install ## Time the endpoint beside MLflow's and transformers' servers. OUT=file.json (and .md)
+	@$(BIN)/python benchmarks/serve.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 bench-gpu: install ## Check and time the kernels on a CUDA device. OUT=file.json (and .md)
 	@$(BIN)/python benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(ARGS)

@@ -7,6 +7,7 @@ from setuptools import find_namespace_packages, setup
 INSTALL = [
     "datasets>=4.0",
     "fastapi>=0.115",
+    "httpx>=0.27,<1",
     "huggingface_hub>=1.0",
     "jinja2>=3.1",
     "matplotlib>=3.9",
@@ -15,6 +16,7 @@ INSTALL = [
     "packaging>=24.0",
     "pandas>=2.2",
     "peft>=0.18",
+    "prometheus_client>=0.20,<1",
     "pyarrow>=16.0",
     "pydantic>=2.8,<3",
     "pyyaml>=6.0",
@@ -31,17 +33,24 @@ INSTALL = [
 ]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # parallel.strategy zero1, zero2, zero3
+    "harness": ["lm_eval>=0.4.13,<0.5"],  # ingot evaluate --harness
+    "structured": ["llguidance>=1.3,<2"],  # response_format and forced tool calls of the endpoint
+    "vllm": ["vllm>=0.11"],  # evaluate.engine vllm
     "quantization": ["bitsandbytes>=0.48"],  # quantization.kind nf4
     "dev": [
         "bitsandbytes>=0.48",
         "deepspeed>=0.19.8,<0.20",
-        "httpx>=0.27",
         "jsonschema>=4.21",
+        "llguidance>=1.3,<2",
+        "lm_eval>=0.4.13,<0.5",  # tests and benchmarks hold scores and prompts against it
         "mypy>=1.15",
+        "openai>=2.0,<4",  # contract tests of the endpoint
         "pre-commit>=4.0",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.9",
+        "schemathesis>=4.0,<5",  # the endpoint's OpenAPI document is tested by its own cases
         "scikit-learn>=1.5",  # the tests hold our F1 against it
         "scipy>=1.11",
         "triton>=3.3; platform_system == 'Linux'",  # tests run the kernels by its interpreter
@@ -67,7 +76,16 @@ setup(
     ],
     package_dir={"ingot": "engine/ingot", "ingot_kernels": "kernels/ingot_kernels"},
     package_data={
-        "ingot": ["py.typed", "catalog/nano/*", "catalog/nano-t5/*", "check/*.jinja"],
+        "ingot": [
+            "py.typed",
+            "catalog/nano/*",
+            "catalog/nano-t5/*",
+            "check/*.jinja",
+            "conformance/*.jinja",
+            "evaluation/*.jinja",
+            "evaluation/*.css",
+            "evaluation/*.js",
+        ],
         "ingot_kernels": ["py.typed"],
     },
     install_requires=INSTALL,

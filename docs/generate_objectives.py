@@ -12,7 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
-from ingot.evaluation.metrics import OF_TASK, TEXT_METRICS
+from ingot.evaluation.metrics import DEFAULTS, OF_TASK, TEXT_METRICS
 from ingot.model.lines import examine
 from ingot.model.load import KINDS, POOLED
 from ingot.parallel import rules
@@ -43,16 +43,16 @@ def objectives() -> Iterator[tuple[str, str, Objective]]:
 
 
 def needs() -> str:
-    """The table of what each objective needs, and what it is measured by."""
+    """The table of what each objective needs, and what it is measured by where nothing is said."""
     rows = []
     for tasks, method, section in objectives():
-        columns, metrics = _names(COLUMNS[section.rows]), OF_TASK[section.rows]
-        shown = "of texts" if metrics == TEXT_METRICS else _names(metrics)
+        columns = _names(COLUMNS[section.rows])
+        shown = "of texts" if OF_TASK[section.rows] == TEXT_METRICS else _names(DEFAULTS[section.rows])
         if section.method == "distillation":
             columns = shown = "those of the task"
         rows.append([tasks, method, columns, model_class(section.task), shown])
     table = _table(["`objective.task`", "`objective.method`", "columns", "read as", "metrics"], rows)
-    return f"{table}\n\nMetrics of texts: {_names(TEXT_METRICS)}."
+    return f"{table}\n\nThe metrics are those by default; [Metrics](metrics.md) has them all, with those of texts."
 
 
 def model_class(task: str) -> str:
@@ -66,7 +66,7 @@ def model_class(task: str) -> str:
 def measured() -> str:
     """The table of recipes with what their first lines say."""
     rows = []
-    for path in sorted(RECIPES.rglob("*.yaml")):
+    for path in sorted(set(RECIPES.rglob("*.yaml")) - set(RECIPES.glob("tasks/*"))):
         facts = dict(re.findall(r"^# (\w+): +(.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
         section = load_recipe(path).objective
         name = section.task if section.method == "supervised" else f"{section.task}, {section.method}"

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -9,7 +10,9 @@ import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from ingot import VERBS
 from ingot.cli import app
+from ingot.errors import EXIT_CODES
 from ingot.parallel import rules
 from ingot.recipe_io import json_schema
 
@@ -46,6 +49,9 @@ def recipe_page() -> str:
         source["description"] + " A path or URI alone is short for `uri`.",
     ]
     parts.append(_table("", source["properties"], source["required"]))
+    for title, name in (("evaluate.promotion", "Promotion"), ("evaluate.promotion.rules", "Rule")):
+        section = schema["$defs"][name]
+        parts += [f"## {title}", section["description"], _table("", section["properties"], section["required"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -136,7 +142,7 @@ def _values(part: dict[str, Any]) -> str:
     if "anyOf" in part:
         return " or ".join(dict.fromkeys(_values(option) for option in part["anyOf"]))
     if "$ref" in part:
-        return "rows"
+        return "rows" if part["$ref"].endswith("/Source") else "a section, below"
     if "enum" in part or "const" in part:
         return ", ".join(f"`{value}`" for value in part.get("enum", [part.get("const")]))
     names = {
@@ -159,12 +165,28 @@ def cli_page() -> str:
     """Return the page with every verb, its arguments and options."""
     root = typer.main.get_command(app)
     context = click.Context(root, info_name="ingot")  # type: ignore[arg-type]
-    parts = ["# Command line", 'Every verb is also a function of the Python package: `ingot.run("recipe.yaml")`.']
-    for name, command in sorted(root.commands.items()):  # type: ignore[attr-defined]
-        parts += [f"## ingot {name}", inspect.cleandoc(command.help or "")]
-        inner = click.Context(command, info_name=name, parent=context)
+    codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items())
+    functions = ", ".join(f"`ingot.{name}`" for name in sorted(VERBS))
+    parts = [
+        "# Command line",
+        f"From Python: {functions}.",
+        "## Exit codes",
+        f"| code | meaning |\n|---|---|\n{codes}",
+    ]
+    for name, command, inner in _verbs(root, context):
+        parts += [f"## {name}", inspect.cleandoc(command.help or "")]
         records = [parameter.get_help_record(inner) for parameter in command.params]
         rows = [f"| `{_cell(record[0])}` | {_cell(record[1])} |" for record in records if record]
         parts.append(f"```bash\n{command.get_usage(inner).removeprefix('Usage: ')}\n```")
         parts.append("\n".join(["| option | meaning |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def _verbs(group: Any, context: click.Context) -> Iterator[tuple[str, Any, click.Context]]:
+    """Every verb of a group and of the groups in it, with its full name."""
+    for name, command in sorted(group.commands.items()):
+        inner = click.Context(command, info_name=name, parent=context)
+        if hasattr(command, "commands"):
+            yield from _verbs(command, inner)
+        else:
+            yield inner.command_path, command, inner

@@ -8,7 +8,9 @@ import pytest
 from ingot.recipe_io import dump_recipe, load_recipe, parse_recipe_text
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+TASKS = [path for path in SHIPPED if path.parent.name == "tasks"]  # what is asked, without a model
+RECIPES = [path for path in SHIPPED if path not in TASKS]
 WANTED = ("command", "hardware", "time", "score")
 
 
@@ -26,7 +28,7 @@ def test_recipe_loads_and_round_trips(path: Path) -> None:
     assert parse_recipe_text(dump_recipe(recipe)) == recipe
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+@pytest.mark.parametrize("path", SHIPPED, ids=name_of)
 def test_first_lines_say_what_to_expect(path: Path) -> None:
     head = path.read_text(encoding="utf-8").splitlines()[: len(WANTED)]
     facts = dict(re.match(r"# (\w+): +(\S.*)", line).groups() for line in head)  # type: ignore[union-attr]
@@ -35,6 +37,32 @@ def test_first_lines_say_what_to_expect(path: Path) -> None:
     for name in ("time", "score"):
         # A figure as measured, or the admission that there is none; "(measured below)" is neither.
         assert re.search(r"\d", facts[name]) or facts[name].startswith("not measured"), f"{name}: {facts[name]}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_what_a_recipe_runs_is_packaged(path: Path) -> None:
+    command = path.read_text(encoding="utf-8").splitlines()[0].split()
+    assert load_recipe(path).package.enabled == ("run" in command), command  # `ingot finetune` packages nothing
+
+
+@pytest.mark.parametrize("path", TASKS, ids=name_of)
+def test_task_file_loads_and_asks(path: Path, request: pytest.FixtureRequest) -> None:
+    from ingot.data.splits import scan
+    from ingot.evaluation.definition import as_recipe, load_definition
+    from ingot.evaluation.prompted import DefinedTask, describe
+    from ingot.recipe import Model
+
+    made = load_definition(path)
+    assert made.task == path.stem
+    if "shared/" in path.read_text(encoding="utf-8"):
+        request.getfixturevalue("shared_dir")
+    if made.prompted:
+        rows = sum(map(len, DefinedTask(made, path.parent).windows()))
+    else:
+        recipe = as_recipe(made, Model(source="ingot://nano"))
+        rows = scan(recipe, path.parent).report.counts["test"]
+    assert rows >= 400
+    assert describe(made, path.parent, 2).count("\n--- ") >= 2
 
 
 # What a recipe names that is another recipe's output, or on a hub that no test asks.

@@ -12,17 +12,23 @@ from ingot.recipe import Recipe as Recipe
 from ingot.recipe_io import load_recipe as load_recipe
 
 if TYPE_CHECKING:
+    from ingot.batches import batch as batch
+    from ingot.comparing import compare as compare
     from ingot.verbs import evaluate as evaluate
     from ingot.verbs import finetune as finetune
     from ingot.verbs import package as package
     from ingot.verbs import run as run
     from ingot.verbs import serve as serve
 
-VERBS = ("evaluate", "finetune", "package", "run", "serve")
-__all__ = ["IngotError", "Recipe", "evaluate", "finetune", "load_recipe", "package", "run", "serve"]
+VERBS = {
+    "batch": "ingot.batches",
+    "compare": "ingot.comparing",
+    **dict.fromkeys(("evaluate", "finetune", "package", "run", "serve"), "ingot.verbs"),
+}
+__all__ = ["IngotError", "Recipe", "batch", "compare", "evaluate", "finetune", "load_recipe", "package", "run", "serve"]
 
 
 def __getattr__(name: str) -> Any:
     if name in VERBS:
-        return getattr(import_module("ingot.verbs"), name)
+        return getattr(import_module(VERBS[name]), name)
     raise AttributeError(f"module 'ingot' has no attribute {name!r}")

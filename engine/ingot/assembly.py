@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ingot import watching
 from ingot.errors import ModelError, RecipeError
+from ingot.evaluation.measure import choose
 from ingot.model import adapters, fused
 from ingot.model.export import export_model, probes
 from ingot.model.load import few_bits, load_model, parameter_counts, read_whole, resolve_dtype
@@ -186,6 +188,7 @@ def export(
         "steps": fitted.steps,
         "final_step": fitted.final_step,
         "best_validation_loss": fitted.best_loss,
+        **watching.facts(fitted),
         "training_seconds": fitted.seconds,
         **fitted.rates,
     }
@@ -220,6 +223,10 @@ def export(
         "example": prepared.facts.example,
         "base_model": recipe.model.source,
     }
+    if recipe.objective.task == "question-answering":
+        described["overlap_tokens"] = recipe.data.overlap_tokens
+        # As evaluation does: none is said where some test row has no answer.
+        described["no_answer"] = any(row.reference == "" for row in choose(prepared.facts.questions, recipe))
     export_model(model, prepared.tokenizer, run.model, dtype, described)
     if recipe.quantization.kind != "none" and few_bits(recipe.model, run.home) is None:
         model.to("meta")  # what is exported gives its memory to the other base

@@ -24,6 +24,7 @@ PROOF_FAILED = 2
 MARKS = {
     "passed": ("✓ passed", "green"),
     "failed": ("✗ FAILED", "bold red"),
+    "warning": ("! warning", "yellow"),
     "waived": ("! waived", "yellow"),
     "not applicable": ("– n/a", "dim"),
 }
@@ -82,6 +83,9 @@ def show(report: "Report", out: Console, page: Path | None = None) -> None:
     below = Table.grid(padding=(0, 2, 0, 0))
     for verdict in report.failures:
         below.add_row(Text(f"mend {verdict.name}", style="bold red"), Text(verdict.fix))
+    for verdict in report.verdicts:
+        if verdict.status.value == "warning":
+            below.add_row(Text(f"look at {verdict.name}", style="yellow"), Text(verdict.fix))
     for sentence in report.sampled:
         below.add_row(Text("sampled", style="dim"), Text(sentence, style="dim"))
     out.print()

@@ -10,15 +10,22 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ingot.batch_command import batch
 from ingot.cache_command import cache
 from ingot.check_command import check
-from ingot.command import Debug, Json, Overrides, RecipeFile, guarded, out
-from ingot.display import score_table, short, show_summary
-from ingot.errors import IngotError, RecipeError
+from ingot.command import Debug, Json, Override, Overrides, RecipeFile, guarded, out
+from ingot.compare_command import compare
+from ingot.conform_command import conform
+from ingot.display import short, show_summary
+from ingot.errors import IngotError, NotPromoted, RecipeError
+from ingot.evaluate_command import evaluate
+from ingot.keys_command import keys
 from ingot.launch.detect import detect
+from ingot.models_command import models
 from ingot.progress import Progress
 from ingot.recipe import Recipe
 from ingot.recipe_io import json_schema, load_recipe
+from ingot.serve_command import serve
 
 # Bars and notices of libraries would break into ours; a user's own setting of these wins.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -71,6 +78,8 @@ def run(
 ) -> None:
     """The whole path: fine-tune, evaluate base and tuned, package, verify, ask the endpoint one question.
 
+    Exit code 3: it ended behind the evaluation, because the promotion policy (`evaluate.promotion`) is not met.
+
     Examples:
 
         ingot run recipes/quickstart.yaml
@@ -84,7 +93,11 @@ def run(
             raise RecipeError("--summary", str(summary), f"the folder {summary.resolve().parent} does not exist")
         from ingot import verbs
 
-        result = verbs.run(loaded, home=recipe.resolve().parent, resume=resume, progress=Progress(quiet=as_json))
+        refused: NotPromoted | None = None
+        try:
+            result = verbs.run(loaded, home=recipe.resolve().parent, resume=resume, progress=Progress(quiet=as_json))
+        except NotPromoted as error:
+            refused, result = error, error.summary or {}
         if not result:  # not rank 0
             return
         if summary is not None:
@@ -93,6 +106,8 @@ def run(
             print(json.dumps(result, ensure_ascii=False))
         else:
             show_summary(result, out)
+        if refused is not None:
+            raise refused
 
     guarded(work, debug)
 
@@ -134,77 +149,47 @@ def finetune(
     guarded(work, debug)
 
 
-@app.command()
-def evaluate(
-    target: Annotated[
-        Path,
-        typer.Argument(
-            help="A run's folder (base and tuned are measured), or a recipe (its base model is).", show_default=False
-        ),
-    ],
-    overrides: Overrides = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure base and tuned model on the same test rows, with intervals and a paired test.
-
-    Examples:
-
-        ingot evaluate runs/quickstart-20261124-101500-1a2b3c
-
-        ingot evaluate recipes/quickstart.yaml evaluate.max_rows=50
-    """
-
-    def work() -> None:
-        progress = Progress(quiet=as_json)
-        if target.is_dir():
-            if overrides:
-                raise RecipeError(
-                    "overrides",
-                    overrides[0],
-                    "a run is measured as its recipe says; settings can be changed only when a recipe is given",
-                )
-            from ingot import verbs
-
-            base, tuned, comparison = verbs.evaluate(target, progress=progress)
-        else:
-            loaded = load_recipe(target, overrides or ())
-            from ingot import verbs
-
-            base, tuned, comparison = (
-                verbs.evaluate_base(loaded, home=target.resolve().parent, progress=progress),
-                None,
-                None,
-            )
-        from ingot.summary import scores_as_dict
-
-        result = scores_as_dict(base.scores if base else None, tuned.scores if tuned else None, comparison)
-        if as_json:
-            print(json.dumps(result, ensure_ascii=False))
-        else:
-            out.print(score_table(result))
-
-    guarded(work, debug)
+app.command()(evaluate)
+app.command()(compare)
 
 
 @app.command()
 def package(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)],
+    form: Annotated[
+        list[str] | None,
+        typer.Option("--form", help="merged, adapter, quantized or gguf in place of the recipe's.", show_default=False),
+    ] = None,
+    override: Override = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a run's tuned model as an MLflow model, and prove that a clean process gets the same answers from it.
 
-    Example:
+    Exit code 3: the recipe's promotion policy is not met, and nothing is written.
+
+    Examples:
 
         ingot package runs/quickstart-20261124-101500-1a2b3c
+
+        ingot package runs/quickstart-20261124-101500-1a2b3c --form adapter --form quantized
+
+        ingot package runs/quickstart-20261124-101500-1a2b3c --override "Jane Doe: customer demo, ticket 123"
     """
 
     def work() -> None:
         from ingot import verbs
+        from ingot.runfolder import open_run
 
-        path = verbs.package(folder, progress=Progress(quiet=as_json))
-        _result(as_json, {"package": str(path)}, f"package: {path}\nnext: ingot serve {short(path)}")
+        path = verbs.package(folder, override=override, forms=form, progress=Progress(quiet=as_json))
+        run = open_run(folder)
+        made = {name: str(run.form(name)) for name in dict.fromkeys(form or run.recipe.package.forms)}
+        lines = [f"package: {place}" for place in made.values()]
+        _result(
+            as_json,
+            {"package": str(path), "forms": made},
+            "\n".join([*lines, f"next: ingot serve {short(path)}"]),
+        )
 
     guarded(work, debug)
 
@@ -232,34 +217,6 @@ def consolidate(
 
         path = verbs.consolidate(source, folder)
         _result(as_json, {"folder": str(path)}, f"consolidated: {path}")
-
-    guarded(work, debug)
-
-
-@app.command()
-def serve(
-    model: Annotated[
-        Path, typer.Argument(help="A package, a run's folder, or a Hugging Face folder.", show_default=False)
-    ],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; other than loopback needs INGOT_API_KEY.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
-    debug: Debug = False,
-) -> None:
-    """Serve a model: /v1/chat/completions, /v1/completions, /invocations, /health. Stop with Ctrl-C.
-
-    Examples:
-
-        ingot serve runs/quickstart-20261124-101500-1a2b3c/package
-
-        curl localhost:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "Once"}'
-    """
-
-    def work() -> None:
-        from ingot import verbs
-
-        verbs.serve(model, host=host, port=port)
 
     guarded(work, debug)
 
@@ -342,8 +299,13 @@ def _diagnosed(profile: int | None, memory_snapshot: bool) -> list[str]:
     return [*settings, "diagnose.memory_snapshot=true"] if memory_snapshot else settings
 
 
+app.command()(batch)
+app.command()(serve)
+app.add_typer(keys, name="keys")
 app.command()(cache)
 app.command()(check)
+app.add_typer(models, name="models")
+app.command()(conform)
 
 
 def main() -> None:

@@ -20,6 +20,13 @@ Overrides = Annotated[
     typer.Argument(help="Settings that win over the file: optim.lr=1e-4 train.epochs=2", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output; no progress bars.")]
+Override = Annotated[
+    str | None,
+    typer.Option(
+        help='"NAME: REASON" of who lets a model pass that its promotion policy does not; it is recorded.',
+        show_default=False,
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

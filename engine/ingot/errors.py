@@ -4,6 +4,18 @@ Everything raised on purpose derives from `IngotError`; the command line prints 
 with `exit_code`. Anything else that escapes is a defect of Ingot and keeps its traceback.
 """
 
+from typing import Any
+
+# What a verb's exit status means; docs/reference/cli.md lists them from here.
+EXIT_CODES = {
+    0: "done",
+    1: "anything else that you can mend; of `ingot conform`: a target failed, or none ran",
+    2: "a setting, an argument or the data must change, or a proof of `ingot check` failed",
+    3: "the model is not good enough: its policy is not met, or `ingot compare --fail-if-worse` found it worse",
+    4: "more rows of a batch failed than `--max-errors` allows",
+    130: "interrupted; the same command (a run: `--resume`) goes on",
+}
+
 
 class IngotError(Exception):
     """A problem that the user can mend. `str(error)` is the whole message."""
@@ -44,6 +56,16 @@ class CheckFailed(IngotError):
     exit_code = 2
 
 
+class NotPromoted(IngotError):
+    """`evaluate.promotion` is not met: the message names what is missing and how to go on.
+
+    `summary`: what the run has come to, where a whole run ends with it.
+    """
+
+    exit_code = 3
+    summary: dict[str, Any] | None = None
+
+
 class NotFinite(IngotError):
     """More losses or gradients than `train.nonfinite_budget` were not finite; the weights are as before the last."""
 
@@ -58,6 +80,21 @@ class PackageError(IngotError):
 
 class ServeError(FieldError):
     """The endpoint cannot start as asked."""
+
+
+class EndpointError(IngotError):
+    """An endpoint of somebody else refuses what it is asked, or does not answer."""
+
+
+class TooManyErrors(IngotError):
+    """More rows of a batch failed than it allows; the answers so far are kept.
+
+    `printed`: by another rank. `summary`: what the batch has come to.
+    """
+
+    exit_code = 4
+    printed = False
+    summary: dict[str, Any] | None = None
 
 
 class Interrupted(IngotError):

@@ -7,23 +7,29 @@ from typing import Any
 
 from ingot.data import cache, stream
 from ingot.data.plan import Feed, PlannedFeed
+from ingot.data.seen import check_files, files_of
 from ingot.data.splits import training_sources
 from ingot.errors import RecipeError
-from ingot.evaluation.measure import check_room, choose
+from ingot.evaluation.measure import GENERATING, TEST, check_room, choose, recipe_task
 from ingot.evaluation.metrics import metric_names
-from ingot.evaluation.runner import Item, merge_items
-from ingot.evaluation.statistics import detectable_difference
-from ingot.model.load import Tokenizer, context_length, load_tokenizer, pad_id
+from ingot.evaluation.policy import Measured, check_policy, groups_in, slices_known
+from ingot.evaluation.runner import foreseen_of, merge_items, rows_of
+from ingot.evaluation.samples import Item
+from ingot.evaluation.vllm_engine import require_vllm
+from ingot.model.kinds import pad_id
+from ingot.model.load import Tokenizer, context_length, load_tokenizer
 from ingot.model.source import model_folder
 from ingot.progress import Progress
 from ingot.ranks import read_ranks
 from ingot.recipe import Recipe
 from ingot.recipe_data import SEQUENCE_TO_SEQUENCE
+from ingot.task_files import check_tasks
 from ingot.train.distillation import check_teacher
 from ingot.train.loop import Rows
+from ingot.watching import Watched, as_asked, watched
 
-# Tasks whose models the package and the endpoint can ask.
-SERVED = ("chat-completion", "text-generation", "language-modeling", "text-classification")
+# Tasks of which no row is one text.
+SEVERAL_COLUMNS = ("question-answering",)
 QUIET = Progress(quiet=True)
 
 
@@ -111,29 +117,53 @@ def _mixture(facts: cache.Facts, recipe: Recipe) -> Iterator[str]:
         yield f"{named}; each of its {rows:,} rows {share * sum(facts.sources) / rows:.2f} times an epoch"
 
 
-def preflight(recipe: Recipe, home: Path, prepared: Prepared, progress: Progress) -> None:
-    """Everything about the later stages that can be known to fail before training is paid for."""
+def preflight(recipe: Recipe, home: Path, prepared: Prepared, progress: Progress) -> Watched | None:
+    """Everything about the later stages that can be known to fail before training is paid for. Returns what is measured
+    while the model trains.
+    """
     model_folder(recipe.model, home, weights=recipe.model.initialization == "pretrained")
     check_teacher(recipe, home, prepared.tokenizer)
-    for stage in ("package", "serve"):
-        if getattr(recipe, stage).enabled and recipe.objective.task not in SERVED:
-            fix = f"models for {recipe.objective.task} are trained and measured, but not packaged; set it to false"
-            raise RecipeError(f"{stage}.enabled", True, fix)
+    if recipe.serve.enabled and recipe.serve.question and recipe.objective.task in SEVERAL_COLUMNS:
+        fix = f"a row of {recipe.objective.task} has several columns; leave it out, and a test row is asked"
+        raise RecipeError("serve.question", recipe.serve.question, fix)
     _check_reach(recipe, home)
     if recipe.evaluate.enabled:
+        if recipe.evaluate.contamination.enabled:
+            check_files(files_of(recipe, home))
+        _check_engine(recipe)
         questions, context = choose(prepared.facts.questions, recipe), context_length(recipe.model, home)
         for asked in questions:
             check_room(asked.n_prompt, asked.where, recipe, context)
-        items = [Item(asked.where, asked.prompt, None, [asked.reference]) for asked in questions]
+        items = [Item(asked.where, asked.prompt, [asked.reference]) for asked in questions]
         items = merge_items(items) if recipe.evaluate.merge_references else items
-        metric_names(recipe.evaluate, recipe.objective.rows, [item.references for item in items])
-        points = 100 * detectable_difference(len(items))
-        seen = (
-            f"sees differences of shares from about {points:.1f} points on"
-            if points < 100
-            else "is too small to see any"
-        )
-        progress.note(f"evaluate: a paired test on {len(items):,} rows {seen} (80 % power, models disagreeing on 20 %)")
+        metrics = metric_names(recipe.evaluate, recipe.objective.rows, [item.references for item in items])
+        cluster_N = None
+        if recipe.evaluate.cluster_by is not None or recipe.evaluate.slices:  # columns that nothing else has read
+            cluster_N = rows_of(recipe_task(recipe, home, None, None)).cluster_N
+        if items:
+            progress.note(f"evaluate: {foreseen_of(metrics, len(items), cluster_N)}")
+        kind = recipe.objective.rows
+        slices, groups = slices_known(kind, recipe.evaluate.slices), groups_in(cluster_N)
+        measured = [Measured(TEST, kind, len(items), metrics, slices, groups)]
+        for task, seen in check_tasks(recipe, home, prepared.tokenizer, prepared.facts.labels):
+            progress.note(f"evaluate: {task.task}: {seen}")
+            measured.append(task)
+        for sentence in check_policy(recipe.evaluate.promotion, measured) if recipe.evaluate.promotion else ():
+            progress.note(sentence)
+    labels, steps = prepared.facts.labels, prepared.rows.train.steps
+    return watched(recipe, home, labels, prepared.tokenizer, steps, progress.note)
+
+
+def _check_engine(recipe: Recipe) -> None:
+    if recipe.evaluate.engine != "vllm":
+        return
+    require_vllm()
+    if recipe.objective.rows not in GENERATING:
+        fix = f"vLLM writes and scores text; test rows of {recipe.objective.rows} need another engine"
+        raise RecipeError("evaluate.engine", "vllm", fix)
+    if recipe.evaluate.base and recipe.model.initialization != "pretrained":
+        fix = "vLLM reads the base model's folder, and this one is drawn; use another engine, or evaluate.base=false"
+        raise RecipeError("evaluate.engine", "vllm", fix)
 
 
 def _check_reach(recipe: Recipe, home: Path) -> None:
@@ -144,6 +174,8 @@ def _check_reach(recipe: Recipe, home: Path) -> None:
     lengths = {"data.max_tokens": recipe.data.max_tokens, "data.max_target_tokens": recipe.data.max_target_tokens}
     if recipe.evaluate.enabled:
         lengths["evaluate.max_new_tokens"] = recipe.evaluate.max_new_tokens
+    if recipe.evaluate.during is not None:
+        lengths["evaluate.during.max_new_tokens"] = as_asked(recipe).evaluate.max_new_tokens
     for name, length in lengths.items():
         if length > limit:
             raise RecipeError(name, length, f"the model's positions reach {limit}; use at most that")

@@ -1,6 +1,7 @@
 """The ranks of this job: who am I among them, this rank's device, the process group behind them."""
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -18,7 +19,19 @@ from ingot.launch.detect import detect
 from ingot.launch.value import Ranks
 from ingot.recipe import Parallel
 
-__all__ = ["Ranks", "all_reduce_sum", "broadcast", "idle_gpus", "on_main", "pick_device", "process_group", "read_ranks"]
+__all__ = [
+    "Ranks",
+    "all_reduce_sum",
+    "broadcast",
+    "gather",
+    "idle_gpus",
+    "meet",
+    "on_main",
+    "pick_device",
+    "process_group",
+    "read_ranks",
+    "turns",
+]
 
 Value = TypeVar("Value")
 
@@ -34,6 +47,11 @@ def read_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
     Raises IngotError for half a set of variables and for launchers that contradict each other.
     """
     return detect(env)
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: `NVIDIA H200`, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def pick_device(ranks: Ranks) -> torch.device:
@@ -195,6 +213,30 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value` (any picklable object), in the order of ranks, on all of them."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def meet() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def turns(name: str) -> Iterator[int]:
+    """0, 1, 2, ...: over all ranks that ask by this `name`, each number once. Who is faster gets more of them."""
+    if not dist.is_initialized():
+        yield from itertools.count()
+    store = dist.distributed_c10d._get_default_store()  # the one that `process_group` was made with
+    while True:
+        yield store.add(f"turns/{name}", 1) - 1
 
 
 def on_main(work: Callable[[], Value]) -> Value:

@@ -16,7 +16,12 @@ from ingot.recipe_data import Data as Data
 from ingot.recipe_data import Objective as Objective
 from ingot.recipe_data import Source as Source
 from ingot.recipe_data import Task as Task
+from ingot.recipe_evaluate import JUDGED as JUDGED
+from ingot.recipe_evaluate import Evaluate as Evaluate
+from ingot.recipe_evaluate import Judge as Judge
+from ingot.recipe_evaluate import check_decidable
 
+Form = Literal["merged", "adapter", "quantized", "gguf"]
 Op = Literal["linear_cross_entropy", "lora_linear", "rms_norm", "rope", "gated"]
 
 
@@ -158,7 +163,10 @@ class Train(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints to keep; the best one is always kept too."""
     final: Literal["best", "last"] = "best"
-    """Which weights become the model: those with the lowest validation loss, or those of the last step."""
+    """Which weights become the model: those of the best step by `best_by`, or those of the last step."""
+    best_by: str = Field(default="validation_loss", min_length=1)
+    """What decides which step is the best: `validation_loss`, or a metric that `evaluate.during` measures, by its name
+    there; whether more is better is the metric's own. Of equal steps the first."""
     threads: Positive | None = None
     """CPU threads per rank. None: torch's default under one rank, cores divided by local ranks under several."""
 
@@ -202,30 +210,6 @@ class Check(Section):
     """Tokens that the model's proofs run on: the shortest rows of the first steps, so many."""
 
 
-class Evaluate(Section):
-    """Measuring the base and the tuned model on the test rows."""
-
-    enabled: bool = True
-    """Off: `ingot run` skips the stage."""
-    base: bool = True
-    """Measure the base model too, and test the difference."""
-    metrics: Annotated[list[str], Field(min_length=1)] | None = None
-    """Names of metrics. None: those of the task."""
-    max_rows: Positive | None = None
-    """Measure on this many test rows, drawn with `data.split_seed`. None: all."""
-    max_new_tokens: Positive = 128
-    """Longest generated answer, or answer found in a context, in tokens."""
-    tokens_per_batch: Positive = 8192
-    """Prompt and answer tokens of one generation batch."""
-    merge_references: bool = False
-    """text-generation, summarization, translation: test rows with the same prompt or source are one item with several
-    references (BLEU, ROUGE)."""
-    bootstrap_samples: int = Field(default=1000, ge=100)
-    """Resamples behind each interval and the paired test."""
-    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
-    """Level of the intervals."""
-
-
 class Package(Section):
     """The MLflow model."""
 
@@ -235,8 +219,22 @@ class Package(Section):
     """Folder name of the package, and the model's name in it. None: the recipe's name."""
     verify: bool = True
     """Load it in a clean process that may import only the packaged requirements, and compare its answers."""
+    forms: list[Form] = Field(default_factory=lambda: list[Form](("merged",)), min_length=1)
+    """What is written, all of one lineage. merged: a complete model. adapter: only what was learned, with the base it
+    needs by name and SHA-256. quantized: merged, in the few bits of `quantization`. gguf: merged, for llama.cpp, by its
+    own converter."""
+    quantization: Literal["nf4", "int8"] = "nf4"
+    """Form quantized: bitsandbytes' NF4 with quantized scales (Dettmers et al. 2023), or its int8."""
+    gguf_type: Literal["f16", "bf16", "q8_0"] = "q8_0"
+    """Form gguf: how llama.cpp's converter holds the weights."""
     license: str | None = None
     """SPDX identifier of the tuned model, written to its card. None: as the base model's card says."""
+    license_waiver: str | None = Field(default=None, pattern=r"^[^:\n]*\w[^:\n]*:[^\n]*\w[^\n]*$", max_length=500)
+    """`NAME: REASON` of who lets a conflict of licences pass; it is recorded in the package."""
+    registered_model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name in the MLflow Model Registry of which the package becomes a version. None: it is not registered."""
+    alias: str | None = Field(default=None, pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,99}$")
+    """Alias that the new version gets, such as champion; it needs `evaluate.promotion`, which must be met."""
 
 
 class Serve(Section):
@@ -270,6 +268,20 @@ class Diagnose(Section):
     """Record this many steps (after two of warm-up) with torch's profiler: `profile/rank-*.json`, for Perfetto."""
     memory_snapshot: bool = False
     """Record allocations of the same steps on a GPU: `profile/memory-rank-*.pickle`, for pytorch.org/memory_viz."""
+
+
+def unfit_form(recipe: "Recipe") -> str:
+    """Why a form that `package.forms` asks for cannot be made of this recipe; empty where all can."""
+    forms, task = recipe.package.forms, recipe.objective.task
+    if len(set(forms)) < len(forms):
+        return f"package.forms names {max(forms, key=forms.count)} twice; name it once"
+    if "adapter" in forms and recipe.adapter.kind == "none":
+        return "package.forms: adapter, and adapter.kind is none: full fine-tuning leaves no adapter; use merged"
+    if "adapter" in forms and task not in (*CAUSAL, *SEQUENCE_TO_SEQUENCE):
+        return f"package.forms: adapter, and {task} trains a head of its own beside the adapter; use merged"
+    if "gguf" in forms and task not in CAUSAL:
+        return f"package.forms: gguf is for {', '.join(CAUSAL)}, and objective.task is {task}; use merged"
+    return ""
 
 
 class Recipe(Section):
@@ -315,6 +327,11 @@ class Recipe(Section):
                 f"train.tokens_per_microbatch = {train.tokens_per_microbatch} cannot hold one row of data.max_tokens = "
                 f"{data.max_tokens} and data.max_target_tokens = {data.max_target_tokens} tokens; raise the first"
             )
+        if train.best_by != "validation_loss" and self.evaluate.during is None:
+            raise ValueError(
+                f"train.best_by = {train.best_by} is measured by evaluate.during, which is not set; set "
+                "evaluate.during.every_steps, or use validation_loss"
+            )
         pack = data.pack_tokens or data.max_tokens
         if data.pack_tokens is not None and data.batches != "packed":
             raise ValueError(f"data.pack_tokens is for data.batches: packed, and that is {data.batches}; remove it")
@@ -329,14 +346,39 @@ class Recipe(Section):
         if data.batches == "packed" and train.group_by_length:
             raise ValueError("train.group_by_length evens out padding, and packed batches have none; remove it")
         merging = ("text-generation", *SEQUENCE_TO_SEQUENCE)
+        if wrong := unfit_form(self):
+            raise ValueError(wrong)
         if self.evaluate.merge_references and self.objective.task not in merging:
             raise ValueError(
                 f"evaluate.merge_references is for {', '.join(merging)}, and objective.task is {self.objective.task}; "
                 "remove it"
             )
+        if self.evaluate.judge is not None:
+            if self.objective.task not in JUDGED:
+                raise ValueError(
+                    f"evaluate.judge grades written answers ({', '.join(JUDGED)}), and objective.task is "
+                    f"{self.objective.task}; remove it"
+                )
+            if not self.evaluate.judge.endpoint:
+                raise ValueError("evaluate.judge.endpoint is missing: write who judges, https://HOST/v1#MODEL")
+        _check_registered(self.package, self.evaluate)
+        check_decidable(self.evaluate, later=self.package.enabled or self.serve.enabled)
         if data.columns:
             known = {*OPTIONAL_COLUMNS, *(name for names in COLUMNS.values() for name in names)}
             unknown = sorted(set(data.columns) - known)
             if unknown:
                 raise ValueError(f"data.columns names {unknown[0]!r}; the engine knows: {', '.join(sorted(known))}")
         return self
+
+
+def _check_registered(section: Package, evaluate: Evaluate) -> None:
+    """Raise ValueError where the package cannot be registered, or not under this alias."""
+    if section.registered_model is not None and not section.enabled:
+        raise ValueError("package.registered_model is for package.enabled: true; set that, or remove the name")
+    if section.alias is not None and section.registered_model is None:
+        raise ValueError(f"package.alias = {section.alias} names a registered model; set package.registered_model")
+    if section.alias is not None and evaluate.promotion is None:
+        raise ValueError(
+            f"package.alias = {section.alias} is given by a promotion verdict; set evaluate.promotion, or remove it "
+            "and promote the version by name: ingot models promote"
+        )

@@ -65,6 +65,9 @@ class Source(Section):
     """Split of a Hugging Face data set or of a generated one."""
     config: str | None = None
     """Configuration name of a Hugging Face data set."""
+    license: str | None = None
+    """Licence of these rows, as SPDX writes it. None: as the card beside them says, else unknown. It goes into the
+    package with what it asks for."""
 
     weight: float = Field(default=1.0, gt=0)
     """Share of the rows of an epoch that comes from here, where `data.train` is a list; relative to the other weights.

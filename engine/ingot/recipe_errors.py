@@ -46,13 +46,16 @@ class Draft:
         return self.source
 
 
-def translate(invalid: pydantic.ValidationError, draft: Draft) -> RecipeError:
-    """Turn pydantic's errors into one `RecipeError`: unknown keys first (they explain missing ones), then by place."""
+def translate(invalid: pydantic.ValidationError, draft: Draft, schema: type[Section] = Recipe) -> RecipeError:
+    """Turn pydantic's errors into one `RecipeError`: unknown keys first (they explain missing ones), then by place.
+
+    `schema`: what the draft is measured by.
+    """
     problems: dict[Keys, tuple[bool, object, list[str]]] = {}
     for error in invalid.errors(include_url=False):
         keys, value = _locate(error, draft)
         known = problems.setdefault(keys, (error["type"] != "extra_forbidden", value, []))
-        known[2].append(_fix(error, keys, value))
+        known[2].append(_fix(error, keys, value, schema))
     order = list(draft.places)
     ranked = sorted(
         problems.items(), key=lambda item: (item[1][0], order.index(item[0]) if item[0] in draft.places else len(order))
@@ -71,6 +74,7 @@ def _locate(error: Any, draft: Draft) -> tuple[Keys, object]:
     keys: Keys = ()
     if not error["loc"]:  # a rule over several fields: its message names them, the first is the one to point at
         named = re.findall(r"\b[a-z_]+\.[a-z_]+\b", error["msg"])
+        named += [word for word in re.findall(r"\b[a-z_]+\b", error["msg"]) if word in draft.values]
         keys = tuple(named[0].split(".")) if named else ()
         written: Any = draft.values
         for key in keys:
@@ -89,14 +93,14 @@ def _locate(error: Any, draft: Draft) -> tuple[Keys, object]:
     return keys, value
 
 
-def _fix(error: Any, keys: Keys, written: object) -> str:
+def _fix(error: Any, keys: Keys, written: object, schema: type[Section]) -> str:
     """Say what to write instead."""
     context = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            return f"unknown field, {_nearest_field(keys)}"
+            return f"unknown field, {_nearest_field(keys, schema)}"
         case "missing":
-            return f"is missing; {_meaning(keys)}".rstrip("; ")
+            return f"is missing; {_meaning(keys, schema)}".rstrip("; ")
         case "value_error":
             return str(context["error"]).removeprefix(f"{dotted(keys)} = {written!r} ")
         case "literal_error":
@@ -106,16 +110,16 @@ def _fix(error: Any, keys: Keys, written: object) -> str:
         case "model_type":
             return "must be a section with fields of its own"
         case "string_pattern_mismatch":
-            return _meaning(keys)
+            return _meaning(keys, schema)
     message = str(error["msg"])
     for theirs, ours in (("Input should", "must"), ("valid integer", "whole number"), ("valid array", "list")):
         message = message.replace(theirs, ours)
     return message
 
 
-def _meaning(keys: Keys) -> str:
+def _meaning(keys: Keys, schema: type[Section]) -> str:
     """Return the documentation of a field, or "" where the schema has none."""
-    section: Any = Recipe
+    section: Any = schema
     for key in keys[:-1]:
         section = _sections(section).get(str(key), section)
     known = section.model_fields.get(str(keys[-1]))
@@ -145,15 +149,15 @@ def _field_names(section: type[Section], keys: Keys = ()) -> Iterator[Keys]:
             yield from _field_names(inner[name], (*keys, name))
 
 
-def _nearest_field(keys: Keys) -> str:
+def _nearest_field(keys: Keys, schema: type[Section]) -> str:
     """Say which field was probably meant: a sibling, the same name elsewhere, or what others call it."""
-    every = list(_field_names(Recipe))
+    every = list(_field_names(schema))
     name = str(keys[-1])
     section = tuple(key for key in keys[:-1] if isinstance(key, str))  # the items of a list are alike
     siblings = [str(known[-1]) for known in every if known[:-1] == section]
     if not difflib.get_close_matches(name, siblings, n=1, cutoff=0.7):
         elsewhere = [dotted(known) for known in every if known[-1] == name]
-        if elsewhere or name in KNOWN_ELSEWHERE:
+        if elsewhere or (schema is Recipe and name in KNOWN_ELSEWHERE):
             return f"did you mean {(elsewhere or [KNOWN_ELSEWHERE[name]])[0]!r}?"
     return nearest(name, siblings)
 

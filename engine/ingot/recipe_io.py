@@ -11,13 +11,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import pydantic
 import yaml
 
 from ingot.errors import RecipeError
-from ingot.recipe import Recipe
+from ingot.recipe import Recipe, Section, Source
 from ingot.recipe_errors import Draft, Keys, dotted, translate
 
 # What has no influence on the trained, measured and packaged model.
@@ -25,6 +25,7 @@ NOT_HASHED = frozenset(
     {"name", "description", "output", "parallel", "track", "serve", "diagnose", "check", "data.cache"}
 )
 _CORE = "tag:yaml.org,2002:"
+Schema = TypeVar("Schema", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,37 +63,46 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises `RecipeError` with file, line, field, value and fix; all problems are listed, the likeliest cause first.
     """
     path = Path(path)
+    return parse_recipe_text(read_text(path), overrides, source=str(path))
+
+
+def read_text(path: Path, what: str = "recipe") -> str:
+    """The text of a YAML file; `what` it is called in errors. Raises `RecipeError` when it cannot be read."""
     if path.is_dir():
         files = ", ".join(sorted(file.name for file in path.glob("*.yaml"))) or "it holds none"
-        raise RecipeError("recipe", str(path), f"is a folder; name one recipe file in it: {files}")
+        raise RecipeError(what, str(path), f"is a folder; name one {what} file in it: {files}")
     if not path.is_file():
-        raise RecipeError("recipe", str(path), f"there is no such file{_nearest_file(path)}")
+        raise RecipeError(what, str(path), f"there is no such file{_nearest_file(path)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("recipe", str(path), f"cannot be read as UTF-8 text: {error}") from error
-    return parse_recipe_text(text, overrides, source=str(path))
+        raise RecipeError(what, str(path), f"cannot be read as UTF-8 text: {error}") from error
 
 
 def parse_recipe_text(text: str, overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
     """Read a recipe from YAML text; `source` names it in messages."""
+    draft = parse_draft(text, source)
+    for override in overrides:
+        apply_override(draft, override)
+    return validate(draft)
+
+
+def parse_draft(text: str, source: str, what: str = "recipe", needs: str = "name, model and data") -> Draft:
+    """Plain values of YAML text. Raises `RecipeError` for what is no YAML, or no mapping."""
     draft = Draft(source)
     root = _compose(text, source)
     if root is None:
-        raise RecipeError("recipe", source, "is empty; a recipe needs at least name, model and data")
+        raise RecipeError(what, source, f"is empty; a {what} needs at least {needs}")
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(
-            "recipe", source, "must be a mapping of sections (name:, model:, data:, ...)", where=f"{source}:1"
-        )
+        keys = ", ".join(f"{name}:" for name in re.split(", | and ", needs))
+        raise RecipeError(what, source, f"must be a mapping of sections ({keys}, ...)", where=f"{source}:1")
     draft.values = _plain(root, (), draft)
-    for override in overrides:
-        _apply_override(draft, override)
-    return _validate(draft)
+    return draft
 
 
 def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """Build a recipe from plain values (as JSON or a form gives them), as strict as a file."""
-    return _validate(Draft("", dict(mapping)))
+    return validate(Draft("", dict(mapping)))
 
 
 def dump_recipe(recipe: Recipe, resolved: bool = True) -> str:
@@ -195,10 +205,13 @@ def _scalar(node: yaml.ScalarNode, keys: Keys, draft: Draft) -> Any:
 
 
 def _unfit_tag(node: yaml.Node, value: str, where: str) -> RecipeError:
+    if node.tag == "!function":  # of task files of lm-evaluation-harness
+        fix = "is a Python function, which is not run here; run the task by its own library: ingot evaluate --harness"
+        return RecipeError("task", f"!function {value}", fix, where=where)
     return RecipeError("recipe", value, f"the tag {node.tag!r} does not fit here; leave it out", where=where)
 
 
-def _apply_override(draft: Draft, override: str) -> None:
+def apply_override(draft: Draft, override: str) -> None:
     """Write the value of `dotted.field=value` into the draft."""
     name, equals, text = override.partition("=")
     keys: Keys = tuple(re.sub(r"\[(\d+)\]", r".\1", name.strip()).split("."))
@@ -211,8 +224,8 @@ def _apply_override(draft: Draft, override: str) -> None:
     for end in range(1, len(keys)):
         key, inside = keys[end - 1], dotted(keys[:end])
         inner = section.get(key) if isinstance(section, dict) else section[key]
-        if isinstance(inner, str) and keys[0] == "data" and keys[1] in ("train", "validation", "test"):
-            inner = {"uri": inner}  # the short form of a source, see recipe.Rows
+        if isinstance(inner, str) and _is_short_source(keys, end):
+            inner = {"uri": inner}
         elif isinstance(inner, list):
             index = str(keys[end])
             if not index.isdigit() or int(index) >= len(inner):
@@ -232,7 +245,18 @@ def _apply_override(draft: Draft, override: str) -> None:
     section[keys[-1]] = None if node is None else _plain(node, keys, Draft(place))
 
 
-def _validate(draft: Draft) -> Recipe:
+def _is_short_source(keys: Keys, end: int) -> bool:
+    """The text at `keys[:end]` is the short form of a source: see recipe.Rows, and `data` of a task file."""
+    if keys[0] == "data" and keys[1] in ("train", "validation", "test"):
+        return True
+    return keys[:end] in (("data",), ("fewshot", "data")) and keys[end] in (*Source.model_fields, "skip", "take")
+
+
+@overload
+def validate(draft: Draft) -> Recipe: ...
+@overload
+def validate(draft: Draft, schema: type[Schema]) -> Schema: ...
+def validate(draft: Draft, schema: type[Section] = Recipe) -> Section:
     """Check all values against the schema; a `RecipeError` lists everything that is wrong."""
     for keys, value in _leaves(draft.values, ()):
         if isinstance(value, float) and not math.isfinite(value):
@@ -245,9 +269,9 @@ def _validate(draft: Draft) -> Recipe:
         raise RecipeError("recipe", draft.values, f"must hold plain values only: {error}") from error
     try:
         # Strict, or `rank: true` would be 1 and `epochs: "3"` 3.0; through JSON, where a list is fit for a tuple.
-        return Recipe.model_validate_json(text, strict=True)
+        return schema.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
-        raise translate(error, draft) from error
+        raise translate(error, draft, schema) from error
 
 
 def _nearest_file(path: Path) -> str:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import subprocess
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +19,10 @@ from ingot.launch import process
 from ingot.recipe import Recipe
 from ingot.recipe_io import dump_recipe, load_recipe, recipe_hash
 
-VERSIONS = ("ingot", "torch", "transformers", "peft", "datasets", "mlflow")
+VERSIONS = (
+    *("ingot", "torch", "transformers", "peft", "datasets", "mlflow"),
+    *("safetensors", "tokenizers", "numpy", "pandas", "pydantic", "accelerate", "bitsandbytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Run:
     def package(self) -> Path:
         """The MLflow model."""
         return self.folder / "package"
+
+    def form(self, form: str) -> Path:
+        """The package of one of `package.forms`."""
+        return self.package if form == "merged" else self.folder / f"package-{form}"
 
     @property
     def picture(self) -> Path:
@@ -94,6 +102,7 @@ def create_run(recipe: Recipe, home: Path, job: str | None = None) -> Run:
     try:
         folder = _new_folder(output, recipe)
         (folder / "resolved.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        policy = recipe.evaluate.promotion
         write_json(
             folder / "run.json",
             {
@@ -103,11 +112,13 @@ def create_run(recipe: Recipe, home: Path, job: str | None = None) -> Run:
                 "recipe_hash": recipe_hash(recipe),
                 "versions": versions(),
                 "python": platform.python_version(),
+                "commit": commit_of(home),
                 "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
                 "status": "started",
                 "job": job,
                 "process": process.myself(),
                 "stages": {},
+                **({"promotion": {"policy": policy.model_dump(mode="json")}} if policy else {}),
             },
         )
     except OSError as error:
@@ -196,6 +207,20 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def commit_of(folder: Path) -> dict[str, Any] | None:
+    """The git commit that `folder` stands at, and whether files that git knows were changed since; None without one."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"id": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def write_json(path: Path, content: Any) -> None:

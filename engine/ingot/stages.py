@@ -3,27 +3,23 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ingot.data.example import Example
-from ingot.data.splits import Splits, load_splits
-from ingot.data.template import prompt_text, request_of
+from ingot import watching
+from ingot.data.splits import load_splits
+from ingot.data.template import request_of
 from ingot.errors import DataError
 from ingot.evaluation import plots
-from ingot.evaluation.measure import choose, measure
-from ingot.evaluation.runner import Evaluation
-from ingot.model.load import (
-    POOLED,
-    Tokenizer,
-    load_model,
-    resolve_dtype,
-    resolve_pooling,
-)
+from ingot.evaluation.measure import TEST, choose
+from ingot.evaluation.page import log_report
+from ingot.evaluation.result import Evaluation
+from ingot.model.kinds import POOLED
+from ingot.model.load import load_model, resolve_dtype, resolve_pooling
 from ingot.model.runtime import Runtime
 from ingot.parallel.heartbeat import Heartbeat
 from ingot.parallel.sharded import Sharded
@@ -38,10 +34,13 @@ from ingot.serving.server import Endpoint
 from ingot.track import Tracker, read_metrics
 from ingot.train import profile
 from ingot.train.checkpoint import Checkpoints, published
+from ingot.train.checkpoint import Progress as State
 from ingot.train.distillation import settled
 from ingot.train.loop import Fitted, StepInfo, fit
 from ingot.train.meter import Meter
 from ingot.train.reference import with_reference
+from ingot.train.watch import VALIDATION_LOSS, Measured
+from ingot.watching import Watched
 
 
 def resolve(
@@ -92,8 +91,11 @@ def train(
     tracker: Tracker,
     progress: Progress,
     heartbeat: Heartbeat,
+    watched: Watched | None = None,
 ) -> Fitted:
-    """Run the loop, with a bar on `progress` and every step's numbers in `tracker`; `heartbeat` hears of each phase."""
+    """Run the loop, with a bar on `progress` and every step's numbers in `tracker`; `heartbeat` hears of each phase.
+    `watched`: tasks to measure on the way.
+    """
     checkpoints = Checkpoints(
         run.checkpoints,
         sharded.layout.ranks,
@@ -103,9 +105,9 @@ def train(
     )
     begun = [checkpoint.name for checkpoint in published(run.checkpoints)] if resume else []
     done = int(begun[-1].removeprefix("step-")) if begun else 0
-    first = True
+    first, forwarded = True, False
     meter = Meter()
-    watched = profile.recorded(
+    profiled = profile.recorded(
         recipe.diagnose, run.folder / "profile", sharded.layout.ranks.rank, sharded.device, progress.note
     )
     rows = with_reference(
@@ -117,10 +119,13 @@ def train(
         begun=bool(begun),
         alive=lambda: heartbeat.at(0, "reference"),
     )
-    with progress.stage("finetune", total=prepared.rows.train.steps, unit="steps") as bar, watched as looks:
+    with progress.stage("finetune", total=prepared.rows.train.steps, unit="steps") as bar, profiled as looks:
 
         def here(phase: str) -> None:
-            heartbeat.at(done if phase == "checkpoint" else done + 1, phase)
+            nonlocal forwarded
+            forwarded |= phase == "forward"
+            before = phase == "checkpoint" or (phase == "evaluation" and not forwarded)  # the base model's is step 0
+            heartbeat.at(done if before else done + 1, phase)
 
         def count(info: StepInfo) -> None:
             nonlocal done, first
@@ -140,6 +145,10 @@ def train(
                 values["validation_loss"] = info.validation_loss
             tracker.metrics(values, info.step)
 
+        def measured(point: Measured, state: State) -> None:
+            progress.note(watching.line(point, state))
+            tracker.metrics({f"validation/{name}": it.value for name, it in point.scores.items()}, point.step)
+
         meter.on_phase = here
         fitted = fit(
             sharded,
@@ -148,11 +157,15 @@ def train(
             checkpoints,
             resume=resume,
             on_step=(count, show, track, *looks),
+            watch=watching.watch_of(recipe, watched, prepared.tokenizer, lambda: here("evaluation")),
+            on_measured=measured,
             notify=progress.note,
             meter=meter,
             folder=run.folder,
         )
     progress.note(f"speed: {meter.split()}")
+    if watched is not None:
+        progress.note(f"model: {watching.chosen(fitted)}")
     return fitted
 
 
@@ -174,54 +187,66 @@ def tuned_model(run: Run, labels: tuple[str, ...], device: torch.device) -> nn.M
     return runtime.model
 
 
-def measured(
-    name: str,
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    splits: Splits,
-    recipe: Recipe,
-    progress: Progress,
-) -> Evaluation:
-    """`measure` with a bar on `progress`."""
-    total = len({prompt_text(e) for e in examples}) if recipe.evaluate.merge_references else len(examples)
-    with progress.stage(f"evaluate {name}", total=total, unit="rows") as bar:
-        return measure(name, model, tokenizer, examples, splits.labels, recipe, bar.advance)
-
-
 def draw(run: Run, base: Evaluation | None, tuned: Evaluation) -> None:
     """Draw the run's picture from its metrics and these scores."""
     points = read_metrics(run.metrics)
     train = [(p["step"], p["metrics"]["train_loss"]) for p in points if "train_loss" in p["metrics"]]
     watched = [(p["step"], p["metrics"]["validation_loss"]) for p in points if "validation_loss" in p["metrics"]]
-    plots.run_picture(train, watched, base.scores if base else None, tuned.scores, run.picture, run.recipe.name)
+    course = _course(run.record()["stages"].get("finetune", {}))
+    plots.run_picture(train, watched, base.scores if base else None, tuned.scores, run.picture, run.recipe.name, course)
 
 
-def track_scores(run: Run, base: Evaluation | None, tuned: Evaluation) -> None:
+def _course(record: dict[str, Any]) -> plots.Course | None:
+    """What training left in a run's record of the tasks that it measured: what decided, else the first metric."""
+    points = record.get("measured") or []
+    if not points:
+        return None
+    name = record["best_by"] if record["best_by"] != VALIDATION_LOSS else next(iter(points[0]["scores"]))
+    seen = [(it["step"], it["scores"][name]) for it in points if name in it["scores"]]
+    return plots.Course(name, [(step, it["value"], it["low"], it["high"]) for step, it in seen], record["final_step"])
+
+
+def track_scores(run: Run, models: Mapping[str, Mapping[str, Evaluation]]) -> None:
     """Add scores, picture and evaluation files to the MLflow run that training started."""
     with Tracker.start(
         run.recipe.track, run.folder, run.recipe.name, {}, True, run_id=run.record().get("tracking_run")
     ) as tracker:
-        values = {f"tuned/{name}": score.value for name, score in tuned.scores.items()}
-        values |= {f"base/{name}": score.value for name, score in base.scores.items()} if base else {}
+        values = {
+            f"{model}/{'' if task == TEST else f'{task}/'}{metric}".replace("@", ":"): score.value
+            for model, tasks in models.items()
+            for task, found in tasks.items()
+            for metric, score in found.scores.items()
+        }  # MLflow takes no @ in a name
         tracker.metrics(values, run.record()["stages"]["finetune"]["final_step"])
         tracker.artifact(run.picture)
-        for path in sorted(run.evaluation.glob("*.json")):
-            tracker.artifact(path, "evaluation")
+        beside = [run.evaluation / name for name in ("comparison.json", "contamination.json", "verdict.json")]
+        for path in sorted([*filter(Path.is_file, beside), *run.evaluation.glob("*/*.json")]):
+            tracker.artifact(path, f"evaluation/{path.parent.relative_to(run.evaluation)}".removesuffix("/."))
+        log_report(tracker, run.evaluation)
+        if verdict := run.record().get("promotion", {}).get("verdict"):
+            promotion = run.record()["promotion"]
+            tracker.tag(
+                {"promotion": "granted" if promotion["granted"] else "not granted", "promotion.verdict": verdict}
+            )
 
 
-def examples_with_answers(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
+def track_override(run: Run, sentence: str) -> None:
+    """Say in the MLflow run that training started who let its model pass, and log the report that says so too."""
+    with Tracker.start(
+        run.recipe.track, run.folder, run.recipe.name, {}, True, run_id=run.record().get("tracking_run")
+    ) as tracker:
+        tracker.tag({"promotion": "overridden", "promotion.override": sentence})
+        if (run.evaluation / "report.html").is_file():
+            log_report(tracker, run.evaluation)
+
+
+def examples_with_answers(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Three test rows as requests to the package, and what the run's model answers in this process."""
     examples = choose(load_splits(run.recipe, run.home, ("test",)).test, run.recipe)[:3]
-    inputs = [request_of(example) for example in examples]
     runtime = Runtime.load(run.model)
-    if runtime.task == "text-classification":
-        return inputs, [label for label, _ in runtime.classify([row["text"] for row in inputs])]
-    if runtime.task == "chat-completion":
-        prompts = [runtime.chat_ids(row["messages"]) for row in inputs]
-    else:
-        prompts = [runtime.prompt_ids(row["input_string"]) for row in inputs]
-    return inputs, [answer.text for answer in runtime.generate(prompts)]
+    rows = [request_of(example, run.recipe.objective.task, runtime.tokenizer) for example in examples]
+    rows = [row for row in rows if row.keys() == rows[0].keys()]  # a table has one set of columns
+    return rows, runtime.answer(rows)
 
 
 def ask_endpoint(run: Run, progress: Progress) -> None:
@@ -229,12 +254,15 @@ def ask_endpoint(run: Run, progress: Progress) -> None:
     started = time.perf_counter()
     facts = json.loads((run.model / "ingot.json").read_text(encoding="utf-8"))
     with progress.stage("serve", total=1, unit="questions") as bar:
-        question = run.recipe.serve.question or next(iter(facts["example"].values()))
+        question = run.recipe.serve.question or facts["example"]
         with Endpoint(servable(run.folder), host=run.recipe.serve.host, port=run.recipe.serve.port) as endpoint:
             reply = endpoint.ask(question)
         bar.advance(1)
-    asked = question if isinstance(question, str) else question[-1]["content"]
-    run.note_stage("serve", time.perf_counter() - started, question=asked, answer=reply)
+    asked = next(iter(question.values())) if isinstance(question, dict) else question
+    if isinstance(asked, list) and isinstance(asked[-1], dict):  # turns of a conversation
+        asked = asked[-1]["content"]
+    shown = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
+    run.note_stage("serve", time.perf_counter() - started, question=shown, answer=reply)
 
 
 def servable(target: Path) -> Path:

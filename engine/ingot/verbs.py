@@ -3,13 +3,14 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ingot import evaluating, registering
 from ingot.assembly import build, check_build, export, rebuilt
 from ingot.check import gate
 from ingot.check.stage import keep_proofs, proved
@@ -18,40 +19,40 @@ from ingot.data import inspect as view
 from ingot.data.splits import load_splits
 from ingot.data.stream import first_rows
 from ingot.data.template import encode_all
-from ingot.errors import IngotError, Interrupted, RecipeError
-from ingot.evaluation.measure import choose
-from ingot.evaluation.runner import Comparison, Evaluation, compare
+from ingot.deploying import assemble
+from ingot.errors import Interrupted, NotPromoted, RecipeError
+from ingot.evaluation.compare import Comparison
+from ingot.evaluation.measure import TEST
+from ingot.evaluation.result import Evaluation
 from ingot.launch import process
 from ingot.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
-from ingot.packaging.bundle import package_model
-from ingot.packaging.verify import verify_package
+from ingot.packages import write_package
 from ingot.parallel import heartbeat, rules
 from ingot.parallel.blame import collectives
 from ingot.parallel.strategies import check_model, parallelize
 from ingot.preparation import QUIET, preflight, prepare
 from ingot.progress import Progress
-from ingot.ranks import Ranks, idle_gpus, on_main, pick_device, process_group, read_ranks
+from ingot.promoting import NO_POLICY, Clearance, require_promotion
+from ingot.provenance import keep_origin, origin_of
+from ingot.ranks import Ranks, device_name, idle_gpus, on_main, pick_device, process_group, read_ranks
 from ingot.recipe import Recipe
 from ingot.recipe_data import CLASSES
 from ingot.recipe_io import flat_params, load_recipe, recipe_hash
-from ingot.runfolder import Run, create_run, find_checkpoint, find_run, open_run, versions, write_json
+from ingot.runfolder import Run, create_run, find_checkpoint, find_run, open_run, write_json
+from ingot.serving.channel import Parent
+from ingot.serving.server import Options as ServeOptions
 from ingot.serving.server import check_address
 from ingot.serving.server import serve as serve_forever
 from ingot.stages import (
     ask_endpoint,
-    base_model,
     draw,
-    examples_with_answers,
-    measured,
     resolve,
-    servable,
     set_threads,
     track_scores,
     train,
-    tuned_model,
 )
 from ingot.summary import summary_of
 from ingot.track import Tracker
@@ -115,18 +116,23 @@ def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progres
     profile.check(recipe.diagnose, device)
     set_threads(recipe, ranks)
     prepared = prepare(recipe, home, progress)
-    preflight(recipe, home, prepared, progress)
+    watched = preflight(recipe, home, prepared, progress)
     proofs = None
-    if whole and ranks.main and recipe.check.enabled and resume is None and find_run(recipe, ranks.job) is None:
+    fresh = ranks.main and resume is None and find_run(recipe, ranks.job) is None
+    if whole and fresh and recipe.check.enabled:
         proofs = proved(recipe, home, prepared, device, progress)
+    # Before there is a process group: reading a large base may take longer than a collective.
+    origin = origin_of(recipe, home, progress.note) if fresh else None
     with process_group(ranks, recipe.parallel, device):
         run, begun = on_main(lambda: _claim(recipe, home, resume, ranks, whole, progress))
         if run.finished("finetune"):
             return run
+        if origin is not None:
+            keep_origin(run, origin)
         before = run.record().get("tracking_run") if ranks.main else None
         tracker = Tracker.start(recipe.track, run.folder, recipe.name, flat_params(recipe), ranks.main, run_id=before)
         if ranks.main:
-            run.note(tracking_run=tracker.run_id)
+            run.note(tracking_run=tracker.run_id, device=device_name(device), ranks=ranks.world)
         if proofs is not None:
             keep_proofs(proofs, run, tracker)
         with tracker, _status(run, ranks):
@@ -137,7 +143,7 @@ def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progres
                     run.note(kernels=kernels.facts())
                 sharded = parallelize(model, ranks, recipe, device, resolve_dtype(recipe.model.dtype, device), fill)
                 sharded.teacher = load_teacher(recipe, home, device, resolve_dtype(recipe.model.dtype, device))
-                fitted = train(sharded, prepared, recipe, run, begun, tracker, progress, pulse)
+                fitted = train(sharded, prepared, recipe, run, begun, tracker, progress, pulse, watched)
             if ranks.main:
                 if not sharded.whole or recipe.quantization.kind != "none":
                     del model, sharded, fill  # before another copy is made
@@ -149,37 +155,23 @@ def _finetune(recipe: Recipe, home: Path, resume: Path | None, progress: Progres
     return run
 
 
-def evaluate(run: Run | Path, *, progress: Progress = QUIET) -> tuple[Evaluation | None, Evaluation, Comparison | None]:
+def evaluate(
+    run: Run | Path, *, fresh: bool = False, progress: Progress = QUIET
+) -> tuple[Evaluation | None, Evaluation, Comparison | None]:
     """Measure a run's base model (if the recipe asks for it) and tuned model on the same test rows, and test the
-    difference.
+    difference. What an interrupted evaluation answered is kept; `fresh` asks anew. Ranks of one job share the rows.
 
-    Returns (base, tuned, comparison); they are saved in the run's `evaluation` folder.
+    Returns (base, tuned) on the recipe's own test rows and the comparison of all tasks, those of `evaluate.tasks`
+    too; all is saved in the run's `evaluation` folder.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    recipe, started = run.recipe, time.perf_counter()
-    if not run.finished("finetune"):
-        raise IngotError(
-            f"{run.folder} holds no finished model; continue it with: ingot finetune RECIPE --resume {run.folder}"
-        )
-    device = pick_device(Ranks())
-    set_threads(recipe, Ranks())
-    tokenizer, splits = load_tokenizer(recipe.model, run.home), load_splits(recipe, run.home, ("test",))
-    examples = choose(splits.test, recipe)
-    run.evaluation.mkdir(exist_ok=True)
-    base = None
-    if recipe.evaluate.base:
-        base = measured(
-            "base", base_model(recipe, run.home, splits.labels, device), tokenizer, examples, splits, recipe, progress
-        )
-        base.save(run.evaluation)
-    tuned = measured("tuned", tuned_model(run, splits.labels, device), tokenizer, examples, splits, recipe, progress)
-    tuned.save(run.evaluation)
-    comparison = compare(base, tuned, recipe.evaluate) if base else None
-    if comparison:
-        comparison.save(run.evaluation)
-    draw(run, base, tuned)
-    run.note_stage("evaluate", time.perf_counter() - started, rows=len(tuned.rows))
-    track_scores(run, base, tuned)
+    started = time.perf_counter()
+    models, comparison = evaluating.measure_run(run, progress, fresh=fresh)
+    base, tuned = models.get("base", {}).get(TEST), models["tuned"][TEST]
+    if read_ranks().main:
+        draw(run, base, tuned)
+        run.note_stage("evaluate", time.perf_counter() - started, rows=len(tuned.samples))
+        track_scores(run, models)
     return base, tuned, comparison
 
 
@@ -188,46 +180,31 @@ def evaluate_base(recipe: Recipe | str | Path, *, home: Path | None = None, prog
     recipe, home = _opened(recipe, home)
     device = pick_device(Ranks())
     recipe = resolve(recipe, home, Ranks(), device)
-    tokenizer, splits = load_tokenizer(recipe.model, home), load_splits(recipe, home, ("test",))
-    model = base_model(recipe, home, splits.labels, device)
-    return measured("base", model, tokenizer, choose(splits.test, recipe), splits, recipe, progress)
+    return evaluating.measure_base(recipe, home, device, progress)
 
 
-def package(run: Run | Path, *, progress: Progress = QUIET) -> Path:
-    """Write the run's tuned model as an MLflow model and prove that a clean process loads it and gets the same answers.
+def package(
+    run: Run | Path,
+    *,
+    override: str | None = None,
+    forms: Sequence[str] | None = None,
+    progress: Progress = QUIET,
+) -> Path:
+    """Write the run's tuned model as an MLflow model, in the `forms` given or those of its recipe, and prove that a
+    clean process loads each and gets the same answers; return the first one's folder.
 
-    Raises PackageError when it does not.
+    `override`: "NAME: REASON" of who packages it though its promotion policy is not met, which is recorded.
+
+    Raises NotPromoted when a policy is not met, PackageError when the package does not load or answers otherwise.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    recipe, started = run.recipe, time.perf_counter()
-    if not run.finished("finetune"):
-        raise IngotError(
-            f"{run.folder} holds no finished model; continue it with: ingot finetune RECIPE --resume {run.folder}"
-        )
-    with progress.stage("package", total=1 + recipe.package.verify, unit="steps") as bar:
-        facts = json.loads((run.model / "ingot.json").read_text(encoding="utf-8"))
-        metadata = {
-            "recipe": recipe.name,
-            "recipe_hash": recipe_hash(recipe),
-            "base_model": recipe.model.source,
-            "ingot": versions()["ingot"],
-        }
-        out = package_model(
-            run.model,
-            run.package,
-            name=recipe.package.name or recipe.name,
-            task=recipe.objective.task,
-            example_input=facts["example"],
-            metadata=metadata,
-            license=recipe.package.license,
-        )
-        bar.advance(1)
-        if recipe.package.verify:
-            examples, expected = examples_with_answers(run)
-            verify_package(out, examples, expected)
-            bar.advance(1)
-    run.note_stage("package", time.perf_counter() - started, verified=recipe.package.verify)
-    return out
+    evaluating.require_model(run)
+    cleared = require_promotion(run, override)
+    if cleared.status != NO_POLICY:
+        progress.note(cleared.sentence)
+    if override is not None:
+        evaluating.show_override(cleared)
+    return write_package(run, cleared.stamp(), cleared.card(), progress, forms)
 
 
 def consolidate(target: Path, out: Path) -> Path:
@@ -242,16 +219,37 @@ def consolidate(target: Path, out: Path) -> Path:
     return write_consolidated(checkpoint, out, run.recipe, run.home, labels)
 
 
-def serve(target: Path, *, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve a run, a package or a Hugging Face folder until Ctrl-C. Loopback unless INGOT_API_KEY is set."""
-    serve_forever(servable(target), host=host, port=port)
+def serve(
+    models: str | Path | Sequence[str | Path] = (),
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    override: str | None = None,
+    options: ServeOptions | None = None,
+    parent: Parent | None = None,
+    **what: Any,
+) -> None:
+    """Serve runs, packages, Hugging Face folders and models of a registry until Ctrl-C. Loopback unless there are keys.
+
+    `what`: adapters, versions and their proof, as `assemble` takes them. `override`: "NAME: REASON" of who serves a
+    model though its promotion policy is not met, which is recorded. Raises NotPromoted when a policy is not met.
+    """
+    named = [models] if isinstance(models, str | Path) else models
+    fleet, clearances = assemble(named, override=override, **what)
+    for cleared in clearances:
+        if cleared.status != NO_POLICY:
+            print(cleared.sentence)
+        if override is not None:
+            evaluating.show_override(cleared)
+    serve_forever(fleet, host=host, port=port, options=options, parent=parent)
 
 
 def run(
     recipe: Recipe | str | Path, *, home: Path | None = None, resume: Path | None = None, progress: Progress = QUIET
 ) -> dict[str, Any]:
     """The whole path: prove the recipe, fine-tune, evaluate base and tuned, package, verify, ask the endpoint one
-    question. Raises CheckFailed where a proof fails that `check.waive` does not name.
+    question. Raises CheckFailed where a proof fails that `check.waive` does not name, and NotPromoted, with all of it
+    kept and the summary written, where the promotion policy is not met.
 
     Returns the summary that is also saved as the run's summary.json: `metrics.base` and `metrics.tuned` (each metric:
     value,
@@ -265,15 +263,30 @@ def run(
         done = _continued(resolve(recipe, home, read_ranks(), pick_device(read_ranks())), resume)
     else:
         done = _finetune(recipe, home, resume, progress, whole=True)
+    if recipe.evaluate.enabled and not done.finished("evaluate"):  # none writes that before all have met
+        evaluate(done, progress=progress)
     if not read_ranks().main:
         return {}
-    if recipe.evaluate.enabled and not done.finished("evaluate"):
-        evaluate(done, progress=progress)
+    cleared = _cleared(done) if recipe.evaluate.enabled else Clearance(NO_POLICY, "")
     if recipe.package.enabled and not done.finished("package"):
-        package(done, progress=progress)
+        write_package(done, cleared.stamp(), cleared.card(), progress)
+    if recipe.package.registered_model is not None and not done.finished("register"):
+        registering.register_run(done, progress)
     if recipe.serve.enabled and not done.finished("serve"):
         ask_endpoint(done, progress)
-    done.note(status="finished")
+    return _ended(done, "finished")
+
+
+def _cleared(done: Run) -> Clearance:
+    try:
+        return require_promotion(done)
+    except NotPromoted as refused:
+        refused.summary = _ended(done, "not promoted")
+        raise
+
+
+def _ended(done: Run, status: str) -> dict[str, Any]:
+    done.note(status=status)
     summary = summary_of(done)
     write_json(done.folder / "summary.json", summary)
     return summary

@@ -38,7 +38,7 @@ from ingot.data.plan import PlannedFeed
 from ingot.data.rows import ListRows
 from ingot.data.template import Encoded
 from ingot.model.adapters import attach_adapter, trainable_tensors
-from ingot.model.load import KINDS
+from ingot.model.kinds import KINDS
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.quantize import quantized
 from ingot.parallel.recompute import apply_activations

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from ingot.assembly import build
 from ingot.model.adapters import trainable_tensors
-from ingot.model.load import logits_of
+from ingot.model.kinds import logits_of
 from ingot.parallel.fsdp import blocks_of
 from ingot.parallel.layout import local
 from ingot.parallel.sharded import Sharded

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # launches of several ranks; test_matrix.py has a cell of each kind
+
 LORA = {"kind": "lora", "rank": 4}
 
 

@@ -19,6 +19,8 @@ import pytest
 from ingot.recipe_io import dump_recipe, parse_recipe
 from ingot.track import read_metrics
 
+pytestmark = pytest.mark.slow  # launches of several ranks; test_matrix.py has a cell of each kind
+
 FAULTY = Path(__file__).with_name("faulty.py")
 STEPS = 24
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "TORCHELASTIC", "SLURM_", "OMPI_", "PMI", "AZUREML_")

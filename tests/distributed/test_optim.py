@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # launches of several ranks; test_matrix.py has a cell of each kind
+
 LARGE = {"kind": "llama", "hidden_size": 64, "intermediate_size": 96}  # matrices of more elements than stay in float32
 EIGHT = {"lr": 3e-3, "weight_decay": 0.1, "clip_grad_norm": 0.5, "state": "int8"}
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # launches of several ranks; test_matrix.py has a cell of each kind
+
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"task": "chat-completion", "method": "dpo", "beta": 0.5},
     "orpo": {"task": "chat-completion", "method": "orpo"},

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # launches of several ranks; test_matrix.py has a cell of each kind
+
 WIDE = {"kind": "llama", "hidden_size": 160, "intermediate_size": 192}  # products over more numbers than NARROW
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # launches of several ranks; test_matrix.py has a cell of each kind
+
 LORA = {"kind": "lora", "rank": 4}
 ATTENTION = {**LORA, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # launches of several ranks; test_matrix.py has a cell of each kind
+
 HERE = Path(__file__).parent
 STAGES = ("zero1", "zero2", "zero3")
 LORA = {"kind": "lora", "rank": 1, "alpha": 2.0}  # one row: the second rank's part of a checkpoint is empty

@@ -2,17 +2,25 @@
 
 import json
 import os
-from collections.abc import Callable
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from ingot.track import read_metrics
 
 Lines = list[dict[str, Any]]
+START_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -209,3 +217,44 @@ def classifier_folder(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> Pat
     BertForSequenceClassification(_bert(tokenizer, num_labels=2)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _mlflow_serve(package: Path, place: Path) -> Iterator[str]:
+    """`mlflow models serve` on a free port, in an environment that does not know Ingot; yields the URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    where = ["-m", str(package), "-h", "127.0.0.1", "-p", str(port), "--env-manager", "local"]
+    with (place / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "models", "serve", *where],
+            cwd=place,
+            env=kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while True:
+                try:
+                    httpx.get(f"{url}/ping", trust_env=False).raise_for_status()
+                    break
+                except httpx.HTTPError:
+                    running = server.poll() is None and time.monotonic() < deadline
+                    assert running, (place / "server.log").read_text()[-3000:]
+                    time.sleep(0.3)
+            yield url
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+@pytest.fixture
+def mlflow_serve(tmp_path: Path) -> Callable[[Path], AbstractContextManager[str]]:
+    """mlflow_serve(package): a context with the URL of `mlflow models serve`."""
+    return lambda package: _mlflow_serve(package, tmp_path)

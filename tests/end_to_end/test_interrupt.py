@@ -61,6 +61,6 @@ def _refuses_stages_that_need_the_model(ingot: Any, run: Path) -> None:
         assert refused.code == 1
         assert "holds no finished model" in refused.err
         assert f"--resume {run}" in refused.err
-    refused = ingot("serve", run, "--port", 0)
+    refused = ingot("serve", run, "--port", 0, "--no-supervise")
     assert refused.code == 2
     assert "Traceback" not in refused.err

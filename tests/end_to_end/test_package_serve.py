@@ -1,14 +1,7 @@
 """A packaged model gives one answer everywhere: MLflow's loader, MLflow's own server, and our endpoint."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +10,10 @@ import pytest
 
 from ingot.model.runtime import Runtime
 from ingot.packaging import package_model, verify_package
-from ingot.serving import Endpoint
+from ingot.serving.server import Endpoint
 
 PROMPT = "Once upon a time"
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
-START_TIMEOUT_S = 180.0
-
-
-@contextmanager
-def _mlflow_serve(package: Path, place: Path) -> Iterator[str]:
-    """`mlflow models serve` on a free port, in an environment that does not know Ingot; yields the URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        str(package),
-        "-h",
-        "127.0.0.1",
-        "-p",
-        str(port),
-    ]
-    with (place / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, "--env-manager", "local"],
-            cwd=place,
-            env=kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while True:
-                try:
-                    httpx.get(f"{url}/ping", trust_env=False).raise_for_status()
-                    break
-                except httpx.HTTPError:
-                    running = server.poll() is None and time.monotonic() < deadline
-                    assert running, (place / "server.log").read_text()[-3000:]
-                    time.sleep(0.3)
-            yield url
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
 
 
 def _ask(url: str, body: dict[str, Any]) -> Any:
@@ -78,7 +23,7 @@ def _ask(url: str, body: dict[str, Any]) -> Any:
 
 
 @pytest.mark.slow
-def test_a_story_is_the_same_everywhere(shared_dir: Path, tmp_path: Path) -> None:
+def test_a_story_is_the_same_everywhere(shared_dir: Path, tmp_path: Path, mlflow_serve: Callable[..., Any]) -> None:
     source = shared_dir / "models" / "stories260k"
     out = tmp_path / "package"
     example = {"input_string": PROMPT}
@@ -87,10 +32,11 @@ def test_a_story_is_the_same_everywhere(shared_dir: Path, tmp_path: Path) -> Non
     )
     wanted = Runtime.load(source).complete(PROMPT).text
     assert wanted.startswith(", there was a little girl named Lily.")
-    assert verify_package(out, [example], [wanted]).answers == [wanted]
+    answer = {"output_string": wanted}
+    assert verify_package(out, [example], [answer]).answers == [answer]
     short = Runtime.load(source).complete(PROMPT, max_new_tokens=7).text
     params = {"max_tokens": 7}
-    with _mlflow_serve(out, tmp_path) as url:
+    with mlflow_serve(out) as url:
         saved = json.loads((out / "serving_input_example.json").read_text())
         assert _ask(url, saved) == {"predictions": [{"output_string": wanted}]}
         for body in (
@@ -106,7 +52,9 @@ def test_a_story_is_the_same_everywhere(shared_dir: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_conversation_is_the_same_everywhere(make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_conversation_is_the_same_everywhere(
+    make_tokenizer: Callable[..., Any], tmp_path: Path, mlflow_serve: Callable[..., Any]
+) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -129,7 +77,7 @@ def test_a_conversation_is_the_same_everywhere(make_tokenizer: Callable[..., Any
     wanted = Runtime.load(out / "model").chat(TURNS).text
     alone = Runtime.load(out / "model").chat(TURNS[1:]).text
     assert wanted != alone
-    with _mlflow_serve(out, tmp_path) as url, Endpoint(out) as endpoint:
+    with mlflow_serve(out) as url, Endpoint(out) as endpoint:
         for body, answer in (
             ({"dataframe_records": [{"messages": json.dumps(TURNS)}]}, wanted),
             ({"dataframe_records": [{"messages": TURNS}]}, wanted),

@@ -1,6 +1,7 @@
-"""Label sets, tags, answers and gaps from the command line: proved, trained, measured, and what users get wrong."""
+"""Label sets, tags, answers and gaps from the command line: proved, trained, measured, packaged and asked, and
+what users get wrong.
+"""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from ingot.data.synthetic import generate
+from ingot.evaluation.samples import Samples
 
 NAMES = ("Anna", "Paul", "Maria")
 CITIES = ("France", "Paris", "city", "table")
@@ -83,14 +85,21 @@ def start(make_project: Any, gap_folder: Path) -> Callable[..., Any]:
     ],
 )
 def test_proved_trained_and_measured(task: str, kind: str, ingot: Any, start: Any) -> None:
-    project = start(task, adapter={"kind": kind}, train={"max_steps": 6})
+    later = {"package": {"enabled": True}, "serve": {"enabled": True}}
+    project = start(task, adapter={"kind": kind}, train={"max_steps": 6}, **later)
     done = ingot("run", project.recipe, "--json")
     assert done.code == 0, done.err
-    assert set(done.json()["metrics"]["tuned"]) == CASES[task][2]
+    summary = done.json()
+    assert set(summary["metrics"]["tuned"]) == CASES[task][2]
+    assert summary["stages"]["package"]["verified"]
+    assert summary["question"]
+    assert summary["answer"]
     losses = project.losses()
     assert sum(losses[-2:]) < sum(losses[:2])
-    [first] = (project.run / "evaluation" / "tuned_rows.jsonl").read_text(encoding="utf-8").splitlines()[:1]
-    assert set(json.loads(first)) >= {"prompt", "prediction", "references"}
+    first = Samples(project.run / "evaluation" / "tuned" / "test.parquet")[0]
+    assert first.prompt
+    assert first.references
+    assert set(first.numbers) == CASES[task][2]
 
 
 @pytest.mark.parametrize("task", CASES)
@@ -101,23 +110,17 @@ def test_inspect_shows_rows(task: str, ingot: Any, start: Any) -> None:
     assert wanted[task] in done.out, done.out
 
 
-def test_what_is_not_served_says_so(ingot: Any, start: Any) -> None:
-    done = ingot("run", start(TAGS, package={"enabled": True}).recipe)
-    assert done.code == 2
-    assert "package.enabled = True" in done.err
-    assert "trained and measured, but not packaged" in done.err
-
-
 @pytest.mark.parametrize(
     ("task", "sections", "message"),
     [
-        (TAGS, {"evaluate": {"metrics": ["accuracy"]}}, "token-classification has entity_f1"),
+        (TAGS, {"evaluate": {"metrics": ["bleu"]}}, "token-classification has entity_f1"),
         (SETS, {"data": {"streaming": True, "validation_share": 0}, "train": {"max_steps": 2}}, "know every class"),
         (POINT, {"data": {"batches": "packed"}}, "use padded"),
         (GAPS, {"parallel": {"context": 2}}, "parallel.context"),
         (GAPS, {"model": {"source": "ingot://nano"}}, "has no mask token"),
+        (POINT, {"serve": {"enabled": True, "question": "Where?"}}, "serve.question"),
     ],
-    ids=["metric of another task", "streamed classes", "packed answers", "context", "no mask token"],
+    ids=["metric of another task", "streamed classes", "packed answers", "context", "no mask token", "half a row"],
 )
 def test_settings_that_do_not_fit(task: str, sections: dict[str, Any], message: str, ingot: Any, start: Any) -> None:
     done = ingot("run", start(task, **sections).recipe)

@@ -13,7 +13,7 @@ from ingot.recipe import Recipe
 from ingot.recipe_io import parse_recipe
 from ingot.runfolder import Run
 from ingot.track import read_metrics
-from ingot.verbs import evaluate, finetune
+from ingot.verbs import evaluate, finetune, package
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"task": "chat-completion", "method": "dpo", "beta": 0.5},
@@ -97,6 +97,7 @@ def test_an_encoder_scores_by_the_mean_of_its_tokens(home: Path, encoder_folder:
     assert run.recipe.data.batches == "padding-free"
     base, tuned, _ = evaluate(run)
     assert tuned.scores["preference_margin"].value > base.scores["preference_margin"].value + 0.1
+    assert (package(run) / "MLmodel").is_file()  # verified: it answers as the run's model does
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from ingot.evaluation.samples import Samples
+
 STAGES = ["check", "finetune", "evaluate", "package", "serve"]
 
 
@@ -59,8 +61,8 @@ def test_chat(ingot, chat_project):
     assert isinstance(summary["answer"], str)
     assert "adapter" in summary["paths"]
     assert "chat_template" in " ".join(path.name for path in (chat_project.run / "model").iterdir())
-    rows = (chat_project.run / "evaluation" / "tuned_rows.jsonl").read_text().splitlines()
-    assert len(rows) == 6
+    assert len(Samples(chat_project.run / "evaluation" / "tuned" / "test.parquet")) == 6
+    assert "json_exact_match" in (chat_project.run / "evaluation" / "report.html").read_text(encoding="utf-8")
     check_tracking(chat_project, summary)
 
     listed = ingot("runs", "--json").json()
@@ -104,7 +106,8 @@ def check_tracking(project: Any, summary: dict[str, Any]) -> None:
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"resolved.yaml", "picture.png", "evaluation"} <= files
     inside = {item.path for item in client.list_artifacts(run.info.run_id, "evaluation")}
-    assert {f"evaluation/{name}.json" for name in ("base", "tuned", "comparison")} <= inside
+    assert {f"evaluation/{name}" for name in ("base", "tuned", "comparison.json")} <= inside
+    assert "report/report.html" in {item.path for item in client.list_artifacts(run.info.run_id, "report")}
 
 
 def test_text_with_merged_references_and_full_fine_tuning(ingot, project):
@@ -121,8 +124,7 @@ def test_text_with_merged_references_and_full_fine_tuning(ingot, project):
     assert summary["stages"]["evaluate"]["rows"] == 6  # of twelve test rows, two to a prompt
     facts = summary["stages"]["finetune"]
     assert facts["trainable_parameters"] == facts["parameters"]
-    row = json.loads((project.run / "evaluation" / "tuned_rows.jsonl").read_text().splitlines()[0])
-    assert len(row["references"]) == 2
+    assert len(Samples(project.run / "evaluation" / "tuned" / "test.parquet")[0].references) == 2
     base = load_file(Path(project.values["model"]["source"]) / "model.safetensors")
     tuned = load_file(project.run / "model" / "model.safetensors")
     assert base.keys() == tuned.keys()

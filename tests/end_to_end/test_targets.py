@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ingot.evaluation.samples import Samples
+
 WORDS = "one two three four five six seven eight nine ten".split()
 
 
@@ -60,6 +62,7 @@ def translating(make_project: Callable[[Path, str], Any], bart_folder: Path) -> 
 
 
 def test_adapter_of_a_bart(ingot, translating):
+    translating.write(package={"enabled": True}, serve={"enabled": True})
     done = ingot("run", translating.recipe, "--json")
     assert done.code == 0, done.err
     summary = done.json()
@@ -68,9 +71,11 @@ def test_adapter_of_a_bart(ingot, translating):
     assert translating.losses()[-1] < translating.losses()[0]
     adapter = json.loads((translating.run / "adapter" / "adapter_config.json").read_text())
     assert adapter["task_type"] == "SEQ_2_SEQ_LM"
-    written = (translating.run / "evaluation" / "tuned_rows.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in written.splitlines()]
-    assert [row["references"] for row in rows] == [[row["target"]] for row in translations(30, 6)]
+    rows = Samples(translating.run / "evaluation" / "tuned" / "test.parquet")
+    assert [row.references for row in rows] == [[row["target"]] for row in translations(30, 6)]
+    assert summary["stages"]["package"]["verified"]
+    assert summary["question"] == translations(30, 6)[0]["source"]
+    assert summary["answer"].strip() == rows[0].prediction
 
 
 def test_every_weight_of_the_embedded_t5(ingot, translating):
@@ -106,7 +111,6 @@ def test_inspect_shows_source_and_target(ingot, translating):
         ({"train": {"tokens_per_microbatch": 95}}, "data.max_target_tokens = 48"),
         ({"data": {"batches": "packed"}}, "a decoder would read every row's source"),
         ({"objective": {"task": "summarization"}}, "the columns are: source, target"),
-        ({"package": {"enabled": True}}, "package.enabled"),
         ({"evaluate": {"metrics": ["accuracy"]}}, "evaluate.metrics = 'accuracy': translation has"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -196,7 +196,7 @@ def test_serving_to_others_needs_a_key(ingot, project, model_folder):
 
 
 def test_serving_nothing(ingot, project):
-    refused(ingot("serve", "gone", "--port", 0), project, "'gone'", "no such folder")
+    refused(ingot("serve", "gone", "--port", 0, "--no-supervise"), project, "'gone'", "no such folder")
 
 
 def test_debug_shows_the_traceback(ingot, project):

@@ -1,4 +1,4 @@
-"""Tiny random models, saved as the complete folders that training leaves behind."""
+"""Tiny random models, saved as the complete folders that training leaves behind; a recipe of a run of seconds."""
 
 import json
 from collections.abc import Callable
@@ -6,8 +6,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ANSWER_TOKENS = 12
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"source": "ingot://nano"},
+    "data": {"train": "rows.jsonl", "test": "rows.jsonl", "max_tokens": 64},
+    "objective": {"task": "text-generation"},
+    "train": {"max_steps": 1, "tokens_per_step": 128, "tokens_per_microbatch": 128},
+    "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 4, "bootstrap_samples": 200},
+    "check": {"enabled": False},
+    "package": {"verify": False},
+    "serve": {"enabled": False},
+    "track": {"enabled": False},
+}
+
+
+@pytest.fixture(scope="session")
+def write_recipe() -> Callable[..., Path]:
+    """write_recipe(folder, **sections): rows.jsonl with six rows, and recipe.yaml, whose runs are in folder/runs. A
+    section's values are added to those of RECIPE.
+    """
+
+    def write(folder: Path, **sections: dict[str, Any]) -> Path:
+        folder.mkdir(exist_ok=True)
+        rows = [{"prompt": f"say {n} or {n + 1}", "completion": str(n)} for n in range(6)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changed = {name: RECIPE[name] | values for name, values in sections.items()}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changed | {"output": str(folder / "runs")}))
+        return folder / "recipe.yaml"
+
+    return write
 
 
 def _settings(tokenizer: Any) -> dict[str, Any]:
@@ -83,3 +113,13 @@ def mean_folder(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Path:
     backbone = BertModel(BertConfig(**_settings(tokenizer)), add_pooling_layer=False)
     about = {"task": "text-classification", "pooling": "mean", "labels": ["bad", "fair", "good"]}
     return _save(MeanPoolClassifier(backbone, 3), tokenizer, tmp_path / "mean", about)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model registry's database that MLflow has set up: it takes seconds, and a copy does not."""
+    from ingot.packaging.versions import Registry
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    Registry(f"sqlite:///{path}").names()
+    return path

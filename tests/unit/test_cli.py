@@ -12,8 +12,9 @@ from ingot.recipe import Recipe
 from ingot.recipe_io import json_schema, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = "run finetune evaluate package serve inspect schema runs cache check consolidate".split()
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+VERBS = "run finetune evaluate compare package batch serve conform inspect schema runs cache check consolidate".split()
+GROUPS = "keys models".split()
+RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set((ROOT / "recipes").glob("tasks/*")))
 
 
 def ingot(*arguments: object) -> Any:
@@ -24,7 +25,7 @@ def ingot(*arguments: object) -> Any:
 
 def test_help_lists_every_verb():
     shown = ingot("--help").stdout
-    assert all(f" {verb} " in shown for verb in VERBS)
+    assert all(f" {verb} " in shown for verb in [*VERBS, *GROUPS])
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(VERBS)
 
 
@@ -36,7 +37,7 @@ def test_help_of_a_verb_shows_examples(verb):
     assert f"ingot {verb}" in result.stdout.split("Example")[1]
 
 
-@pytest.mark.parametrize("verb", ["run", "finetune", "evaluate", "package", "serve", "inspect", "check"])
+@pytest.mark.parametrize("verb", ["run", "finetune", "evaluate", "package", "serve", "batch", "conform"])
 def test_verb_without_its_argument_names_it(verb):
     result = ingot(verb)
     assert result.exit_code == 2
@@ -176,3 +177,24 @@ def test_flags_for_a_look_inside_are_settings(verb, recipe_file, monkeypatch):
         {"profile_steps": 3, "memory_snapshot": True},
         {"profile_steps": 0, "memory_snapshot": False},
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ((), ["package", "package-quantized"]),
+        (("--form", "adapter", "--form", "merged"), ["package-adapter", "package"]),
+    ],
+)
+def test_packaging_names_every_package(tmp_path, monkeypatch, asked, made):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"home": str(tmp_path)}))
+    forms = "{forms: [merged, quantized]}"
+    (folder / "resolved.yaml").write_text(f"name: a\nmodel: {{source: b}}\ndata: {{train: c}}\npackage: {forms}\n")
+    monkeypatch.setattr("ingot.verbs.package", lambda run, **what: folder / made[0])
+    shown = ingot("package", folder, *asked)
+    assert [line.rpartition("/")[2] for line in shown.stdout.splitlines()[:-1]] == made
+    found = json.loads(ingot("package", folder, *asked, "--json").stdout)
+    assert found["package"] == str(folder / made[0])
+    assert list(found["forms"].values()) == [str(folder / name) for name in made]

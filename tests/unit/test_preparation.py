@@ -10,6 +10,8 @@ from ingot.data import cache
 from ingot.data.plan import Cursor, PlannedFeed
 from ingot.data.stream import StreamFeed
 from ingot.errors import DataError, RecipeError
+from ingot.evaluation.measure import recipe_task
+from ingot.evaluation.runner import rows_of
 from ingot.preparation import preflight, prepare
 from ingot.progress import Progress
 from ingot.recipe_io import parse_recipe
@@ -24,6 +26,12 @@ class Notes(Progress):
 
     def note(self, text: str) -> None:
         self.said.append(text)
+
+
+LINES = [
+    {"prompt": f"thing {n} costs", "completion": f" {n} euros and ten cents", "shop": n % 5, "town": "x"}
+    for n in range(20)
+]
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -67,7 +75,7 @@ def test_checks_before_training_are_the_same_with_a_cold_and_a_warm_cache(home, 
     asked = recipe(test="test.jsonl", evaluate={"merge_references": True, "max_new_tokens": 16})
     prepared = prepare(asked, home, notes)
     preflight(asked, home, prepared, notes)
-    assert any("a paired test on 4 rows" in said for said in notes.said)  # twelve rows ask four questions
+    assert any("evaluate: 4 rows cannot see less than" in said for said in notes.said)  # twelve rows ask four questions
     assert any("86 train (given), 4 validation (drawn from train), 12 test (given)" in said for said in notes.said)
     wordy = recipe(test="test.jsonl", evaluate={"max_new_tokens": 250})
     with pytest.raises(DataError, match=r"test\.jsonl:1: evaluate\.max_new_tokens = 250: the prompt has"):
@@ -117,3 +125,33 @@ def test_a_stream_without_test_rows_shows_its_first_row(home, recipe):
     prepared = prepare(recipe(steps=3, **options), home)
     assert prepared.facts.example == {"input_string": "item 0 costs"}
     assert len(prepared.rows.validation) == 0
+
+
+def test_columns_that_cut_and_group_rows_are_read_before_training(home, recipe) -> None:
+    write(home / "shops.jsonl", LINES)
+    notes, asked = (
+        Notes(),
+        recipe(test="shops.jsonl", evaluate={"cluster_by": "shop", "slices": ["town"], "max_new_tokens": 16}),
+    )
+    preflight(asked, home, prepare(asked, home), notes)
+    assert any("evaluate: 20 rows of 5 groups cannot see less than" in said for said in notes.said)
+    for section, told in (
+        ({"cluster_by": "shops"}, r"shops\.jsonl:1: evaluate\.cluster_by = 'shops': .*did you mean 'shop'"),
+        ({"slices": ["land"]}, r"shops\.jsonl:1: evaluate\.slices = 'land': the row has no such column"),
+        ({"cluster_by": "town"}, r"group = 'x': all 20 rows of test are of this group"),
+    ):
+        wrong = recipe(test="shops.jsonl", evaluate={"max_new_tokens": 16, **section})
+        with pytest.raises(DataError, match=told):
+            preflight(wrong, home, prepare(wrong, home), notes)
+
+
+def test_marks_of_rows_are_those_of_their_lines(home, recipe) -> None:
+    write(home / "shops.jsonl", LINES)
+    asked = recipe(test="shops.jsonl", evaluate={"cluster_by": "shop", "slices": ["place"], "max_rows": 7})
+    asked = asked.model_copy(update={"data": asked.data.model_copy(update={"columns": {"place": "town"}})})
+    rows = rows_of(recipe_task(asked, home, None, None))
+    lines = {line["prompt"]: line for line in LINES}
+    assert len(rows) == 7
+    assert [(row.group, row.slices) for row in rows] == [
+        (str(lines[row.prompt]["shop"]), {"place": "x"}) for row in rows
+    ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ingot.data.encoded import IGNORE, Encoded
 from ingot.data.example import Example
 from ingot.data.labeled import Labeled, MultiLabeled
-from ingot.model.load import knows_segments, logits_of
+from ingot.model.kinds import knows_segments, logits_of
 from ingot.recipe import CAUSAL
 
 from .trial import Trial

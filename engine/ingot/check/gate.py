@@ -19,7 +19,7 @@ from ingot.registry import nearest
 from ingot.runfolder import versions
 from ingot.train.memory import is_out_of_memory
 
-from . import on_rows, on_saving, on_training
+from . import on_packaging, on_rows, on_saving, on_training
 from .leakage import Texts, no_leakage
 from .room import no_room
 from .subject import Subject, draw, probes_of
@@ -34,9 +34,12 @@ ON_ROWS: dict[str, Callable[[Subject], Verdict]] = {
     "stop-token": on_rows.stop_token,
     "same-template": on_rows.same_template,
     "right-labels": on_rows.right_labels,
+    "licence-terms": on_packaging.licence_terms,
+    "package-forms": on_packaging.package_forms,
 }
 ON_MODEL: dict[str, Callable[[Trial], Verdict]] = {
     "adapter-coverage": on_saving.adapter_coverage,
+    "portable-adapter": on_packaging.portable_adapter,
     "everything-moves": on_training.everything_moves,
     "right-loss": on_training.right_loss,
     "isolated-rows": on_training.isolated_rows,

@@ -5,7 +5,6 @@ and confirmed one by one. What many training rows hold (a system prompt, the wor
 likeness: two rows are near where what they alone share is large beside all in which they differ.
 """
 
-import hashlib
 import random
 from array import array
 from collections import Counter, defaultdict
@@ -13,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ingot.data.overlap import MinHash, digest, own, similarity, too_many
+from ingot.data.words import Ints
 
 from .verdict import Status, Verdict
 
@@ -21,13 +22,10 @@ SHINGLE = 5  # bytes: five fit into an integer, so that no two of them are taken
 NEAR = 0.9  # similarity from which two rows are near duplicates
 BANDS, ROWS_PER_BAND = 16, 4  # finds a pair of similarity 0.9 with probability 1 - 5e-8
 CANDIDATES = 20  # training rows that are compared with a test row: those that share most bands
-COMMON_SHARE, COMMON_ROWS = 0.1, 10  # a shingle in more training rows than these is common
 SURVEYED = 1000  # training rows in which common shingles are counted
 TRAIN_ROWS = 10  # training rows that are kept for each test row
 LEAKED_SHARE = 0.01  # public benchmarks of short questions have 0.2 to 0.5 % (banking77)
 LISTED = 3
-
-Ints = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,15 @@ def near_duplicates(train: Sequence[str], test: Sequence[str]) -> list[Match]:
 
     Holds the signatures of all rows and the shingles of one, so memory does not depend on how long rows are.
     """
-    factors, common = _factors(), common_shingles(train)
-    buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+    hashing, common = MinHash(BANDS * ROWS_PER_BAND, ROWS_PER_BAND), common_shingles(train)
+    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, text in enumerate(train):
-        for key in _bands(_own(shingles(text), common), factors):
+        for key in _bands(own(shingles(text), common), hashing):
             buckets[key].append(number)
     matches = []
     for number, text in enumerate(test):
         found = shingles(text)
-        votes = Counter(other for key in _bands(_own(found, common), factors) for other in buckets.get(key, ()))
+        votes = Counter(other for key in _bands(own(found, common), hashing) for other in buckets.get(key, ()))
         likely = [other for other, _ in votes.most_common(CANDIDATES)]
         best = max(((similarity(found, shingles(train[other]), common), -other) for other in likely), default=(0.0, 0))
         if best[0] >= NEAR:
@@ -70,46 +68,20 @@ def shingles(text: str) -> Ints:
 
 
 def common_shingles(texts: Sequence[str]) -> Ints:
-    """Shingles of more than COMMON_SHARE of `texts`, and of more than COMMON_ROWS or, of few texts, half of them."""
+    """Shingles of more of `texts` than `too_many` allows."""
     step = max(1, len(texts) // SURVEYED)
     surveyed = texts[::step]
     if not surveyed:
         return np.zeros(0, dtype=np.uint64)
     values, counts = np.unique(np.concatenate([shingles(text) for text in surveyed]), return_counts=True)
-    most = max(COMMON_SHARE * len(surveyed), min(COMMON_ROWS, len(surveyed) / 2), 1)
-    return values[counts > most]
+    return values[counts > too_many(len(surveyed))]
 
 
-def similarity(one: Ints, other: Ints, common: Ints) -> float:
-    """Number of shingles that both and few others have, over these and all that only one of both has."""
-    shared = np.intersect1d(one, other, assume_unique=True)
-    apart = len(one) + len(other) - 2 * len(shared)
-    own = len(_own(shared, common))
-    return own / (own + apart) if own else 0.0
-
-
-def _own(found: Ints, common: Ints) -> Ints:
-    return np.setdiff1d(found, common, assume_unique=True) if len(common) else found
-
-
-def _factors() -> tuple[Ints, Ints]:
-    draw = np.random.default_rng(0)
-    factors, offsets = draw.integers(0, 1 << 63, (2, BANDS * ROWS_PER_BAND), dtype=np.uint64)
-    return factors | np.uint64(1), offsets
-
-
-def _bands(found: Ints, factors: tuple[Ints, Ints]) -> list[tuple[int, bytes]]:
-    """Keys of the buckets that a set falls into; an empty one falls into none."""
+def _bands(found: Ints, hashing: MinHash) -> list[tuple[int, int]]:
+    """The bucket of each band that a set falls into; an empty one falls into none."""
     if not len(found):
         return []
-    with np.errstate(over="ignore"):  # multiplication modulo 2**64 (Dietzfelbinger et al. 1997), its upper half
-        hashed = (found[:, None] * factors[0] + factors[1]) >> np.uint64(32)
-    minima = hashed.min(axis=0)
-    return [(band, part.tobytes()) for band, part in enumerate(minima.reshape(BANDS, ROWS_PER_BAND))]
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return list(enumerate(hashing.buckets(hashing.signatures(found, np.zeros(1, dtype=np.int64)))[0].tolist()))
 
 
 class Texts:
@@ -132,7 +104,7 @@ class Texts:
         kept, limit = self.kept[part], self._limits[part]
         self.seen[part] += 1
         if part == "train":
-            self._digests.append(_digest(text))
+            self._digests.append(digest(text))
         if len(kept) < limit:
             kept.append(text)
         elif (place := self._draw.randrange(self.seen[part])) < limit:
@@ -140,7 +112,7 @@ class Texts:
 
     def repeated(self) -> list[bool]:
         """Of each kept test row whether a training row asks the same."""
-        asked = np.array([_digest(text) for text in self.kept["test"]], dtype=np.uint64)
+        asked = np.array([digest(text) for text in self.kept["test"]], dtype=np.uint64)
         return list(np.isin(asked, np.frombuffer(self._digests, dtype=np.uint64)))
 
     @property

@@ -11,12 +11,12 @@ from itertools import groupby
 from typing import Any
 
 from ingot.data.conversation import Conversation, Message, PromptCompletion
-from ingot.data.encoded import ids_of
 from ingot.data.example import Example
 from ingot.data.preference import Preference
 from ingot.data.template import prompt_ids
 from ingot.data.turns import Tokenizer, render
 from ingot.errors import DataError
+from ingot.model.inputs import ids_of
 from ingot.model.source import model_folder
 
 from .subject import Piece, Subject

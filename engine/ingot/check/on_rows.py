@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from ingot.data.conversation import Conversation, Document, PromptCompletion, SourceTarget
-from ingot.data.encoded import IGNORE, Encoded, ids_of, prefix_of
+from ingot.data.encoded import IGNORE, Encoded
 from ingot.data.example import Example
 from ingot.data.labeled import Asked, Labeled, MultiLabeled, Tagged
 from ingot.data.preference import Preference
 from ingot.data.template import encode_all
-from ingot.data.turns import Tokenizer, render, special_ids
+from ingot.data.turns import Tokenizer, render
 from ingot.model import export
 from ingot.model.generate import end_ids
+from ingot.model.inputs import ids_of, prefix_of, special_ids
 from ingot.model.load import load_tokenizer
 from ingot.model.source import model_folder
 from ingot.recipe import Model

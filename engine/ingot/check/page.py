@@ -10,37 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ingot import pages
+from ingot.pages import visible
 
 from .verdict import Report, Status
 
 BINS = 32
 TICKS = 4
-TEMPLATE = "report.html.jinja"
-SYMBOLS = {Status.passed: "✓", Status.failed: "✗", Status.waived: "!", Status.not_applicable: "–"}
-# What a browser would drop or obey is drawn as a picture of it (Unicode's block of control pictures).
-VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
-# Marks that turn the direction of text around would reorder the page: rows are shown in the order of their tokens.
-VISIBLE |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+SYMBOLS = {Status.passed: "✓", Status.failed: "✗", Status.warned: "!", Status.waived: "!", Status.not_applicable: "–"}
 
 
 def render(report: Report) -> str:
     """The whole page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # rows, names and reasons are users' data
-        undefined=StrictUndefined,
-        finalize=lambda value: f"{value:.2f}" if isinstance(value, float) else value,  # places in pictures
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"commas": "{:,}".format, "fact": _fact, "lines": _lines, "duration": duration}
     evidence, statuses = report.evidence, [verdict.status for verdict in report.verdicts]
-    return environment.get_template(TEMPLATE).render(
+    return pages.render(
+        TEMPLATE,
+        {"fact": _fact, "lines": _lines},
         report=report,
         headline=headline(report),
         symbols=SYMBOLS,
         tally=[(status, statuses.count(status)) for status in Status if status in statuses],
+        warned=[verdict for verdict in report.verdicts if verdict.status is Status.warned],
         waived=[verdict for verdict in report.verdicts if verdict.status is Status.waived],
         histogram=histogram(evidence.trainable),
         packing=packing(evidence.packs, evidence.pack_tokens),
@@ -53,13 +45,6 @@ def headline(report: Report) -> str:
     if failed:
         return f"{failed} proof{'s' if failed > 1 else ''} failed"
     return f"Passed, {waived} waived" if waived else "Passed"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
 def histogram(counts: Sequence[int]) -> dict[str, Any] | None:
@@ -150,4 +135,4 @@ def _fact(value: Any) -> str:
 
 def _lines(text: str) -> list[str]:
     """`text` line by line, what cannot be seen made visible."""
-    return text.translate(VISIBLE).split("\n")
+    return visible(text).split("\n")

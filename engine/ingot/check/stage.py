@@ -34,10 +34,12 @@ def proved(recipe: Recipe, home: Path, prepared: Prepared, device: torch.device,
     for verdict in report.verdicts:
         if verdict.status is Status.waived:
             progress.note(f"check: {verdict.name} failed and is waived: {verdict.because}")
+        if verdict.status is Status.warned:
+            progress.note(f"check: {verdict.name}: {verdict.because}; {verdict.fix}")
     for sentence in report.sampled:
         progress.note(f"check: {sentence}")
     done = sum(verdict.status is Status.passed for verdict in report.verdicts)
-    progress.note(f"check: {done} of {len(report.verdicts)} proofs passed, the others do not apply or are waived")
+    progress.note(f"check: {done} of {len(report.verdicts)} proofs passed, the others do not apply, warn or are waived")
     return report
 
 

@@ -7,17 +7,21 @@ from typing import Any
 
 
 class Status(StrEnum):
-    """How a proof ended. `waived`: it failed, and the recipe names it in `check.waive`."""
+    """How a proof ended. `warned`: people should know, and it stops nothing. `waived`: it failed, and the recipe names
+    it in `check.waive`.
+    """
 
     passed = "passed"
     failed = "failed"
+    warned = "warning"
     waived = "waived"
     not_applicable = "not applicable"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One proof. `because`: one sentence with the figures that decided. `fix`: what to change, empty unless it failed.
+    """One proof. `because`: one sentence with the figures that decided. `fix`: what to change; empty unless it
+    failed or warns.
 
     `facts` are plain values for scripts.
     """

@@ -46,6 +46,7 @@ from ingot.progress import Bar, Progress
 from ingot.recipe import Data, Recipe
 
 CODE = Path(__file__).parent
+INPUTS = CODE.parent / "model" / "inputs.py"  # the encoding that answers share with training
 LOCKS = ".locks"
 HEAD_START_SECONDS = 5.0
 # What of the data section decides which rows there are and how they are encoded.
@@ -142,7 +143,7 @@ def key_of(recipe: Recipe, home: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         "train_on": recipe.objective.train_on,
         "chat_template": _digest(tokenizer.chat_template),
         "tokenizer": _digest(_tokenizer_state(tokenizer)),
-        "code": _digest({path.relative_to(CODE).as_posix(): file_sha256(path) for path in sorted(CODE.rglob("*.py"))}),
+        "code": _digest({path.name: file_sha256(path) for path in [*sorted(CODE.rglob("*.py")), INPUTS]}),
         "packages": {name: version(name) for name in ("tokenizers", "transformers")},
     }
 
@@ -290,7 +291,7 @@ def _encode(folder: Path | None, recipe: Recipe, home: Path, tokenizer: Tokenize
     sources = [encoder.kept[number] for number, reading in enumerate(found.readings) if reading.part == "train"]
     dropped = DroppedReport(counts["train"], encoder.truncated, encoder.n_dropped, encoder.dropped[:LISTED_DROPS])
     shown = encoder.firsts.get("test") or encoder.firsts.get("train")
-    request = request_of(shown) if shown else {}
+    request = request_of(shown, recipe.objective.task, tokenizer) if shown else {}
     facts = Facts(found.labels, found.report, dropped, request, encoder.questions, sources)
     return EncodedData(encoder.writers["train"].rows(), encoder.writers["validation"].rows(), facts)
 

@@ -38,20 +38,6 @@ class Encoded:
         return sum(self.trainable[1:])
 
 
-def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def prefix_of(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text of its own accord (a BOS, or nothing), learned by asking it."""
-    bare, dressed = ids_of(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    return dressed[: next((n for n in range(len(dressed)) if dressed[n : n + len(bare)] == bare), 0)]
-
-
-def with_prefix(ids: list[int], prefix: list[int]) -> list[int]:
-    return ids if ids[: len(prefix)] == prefix else prefix + ids
-
-
 def eos_of(tokenizer: Tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         fix = "the tokenizer has no eos token, so the model could not learn to stop; set eos_token in its configuration"

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ingot.data.encoded import IGNORE, Encoded
-from ingot.data.turns import Tokenizer, special_ids
+from ingot.data.turns import Tokenizer
+from ingot.model.inputs import special_ids
 
 LISTED_LABELS = 20
 BETWEEN_PARTS = "- - -"  # of two answers, or source and target

@@ -70,8 +70,8 @@ def read_rows(
         for number, values in enumerate(rows):
             yield Row(dict(values), f"{name}#{number}")
         return
-    for path in _files(source, folder, field):
-        name = _shown(path, folder)
+    for path in files_of(source, folder, field):
+        name = shown(path, folder)
         file_format = _format_of(path, source, field)
         if file_format == "text-pair":
             yield from _text_pair(path, name, source, folder, field)
@@ -92,11 +92,11 @@ def fingerprint(source: Source, folder: Path, field: str) -> list[str]:
     if hub.is_dataset(source, folder):
         rows, name = hub.open_split(source, folder, field)
         return [*settings, f"{name} {rows._fingerprint}"]
-    paths = _files(source, folder, field)
+    paths = files_of(source, folder, field)
     if source.pair is not None and (folder / source.pair).is_file():
         paths.append(folder / source.pair)
     try:
-        return [*settings, *(f"{_shown(path, folder)} {file_sha256(path)}" for path in paths)]
+        return [*settings, *(f"{shown(path, folder)} {file_sha256(path)}" for path in paths)]
     except OSError as error:
         raise DataError(f"{field}.uri", source.uri, f"cannot be read: {error}") from error
 
@@ -105,10 +105,10 @@ def require_lazy(source: Source, folder: Path, field: str) -> None:
     """Raise `DataError` when `source` holds a file that can only be read as a whole."""
     if _is_generated(source) or hub.is_dataset(source, folder):
         return
-    for path in _files(source, folder, field):
+    for path in files_of(source, folder, field):
         if _format_of(path, source, field) == "json":
             fix = "is one JSON value, which cannot be read row by row; write one object a line (.jsonl)"
-            raise DataError(f"{field}.uri", source.uri, fix, where=_shown(path, folder))
+            raise DataError(f"{field}.uri", source.uri, fix, where=shown(path, folder))
 
 
 def file_sha256(path: Path) -> str:
@@ -125,7 +125,8 @@ def has_broken_characters(text: str) -> bool:
 # --- which files -----------------------------------------------------------------------------------------------
 
 
-def _files(source: Source, folder: Path, field: str) -> list[Path]:
+def files_of(source: Source, folder: Path, field: str) -> list[Path]:
+    """The files of `source`, by name. Raises `DataError` where there are none."""
     target = folder / source.uri
     if target.is_file():
         return [target]
@@ -177,7 +178,7 @@ def _format_of(path: Path, source: Source, field: str) -> str:
     return EXTENSIONS[extension]
 
 
-def _shown(path: Path, folder: Path) -> str:
+def shown(path: Path, folder: Path) -> str:
     """`path` as the reader of a message knows it: relative to the recipe's folder where it lies inside."""
     try:
         return str(path.resolve().relative_to(folder.resolve()))
@@ -307,7 +308,7 @@ def _text_pair(path: Path, name: str, source: Source, folder: Path, field: str) 
     pair = folder / source.pair
     if not pair.is_file():
         raise DataError(f"{field}.pair", source.pair, _missing_file_fix(pair))
-    pair_name, count = _shown(pair, folder), 0
+    pair_name, count = shown(pair, folder), 0
     try:
         with _open(path) as left, _open(pair) as right:
             for first, second in zip_longest(left, right):

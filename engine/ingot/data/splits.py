@@ -127,12 +127,12 @@ def scan(recipe: Recipe, folder: Path, scratch: Path | None = None) -> Scan:
     bad: dict[str, list[BadRow]] = {}
     for reading in readings_of(data):
         bad[reading.name] = []
-        for row in checked_rows(reading, recipe, folder):
-            if isinstance(row, BadRow):
-                bad[reading.name].append(row)
+        for _, example in checked_rows(reading, recipe, folder):
+            if isinstance(example, BadRow):
+                bad[reading.name].append(example)
             else:
-                inputs.add(input_of(row))
-                codes.append(names.setdefault(classes_of(row), len(names)))
+                inputs.add(input_of(example))
+                codes.append(names.setdefault(classes_of(example), len(names)))
         n_rows = len(codes) - sum(reading.n_rows for reading in readings)
         readings.append(replace(reading, n_rows=n_rows))
     check_bad_rows(bad, data.max_bad_rows)
@@ -159,15 +159,20 @@ def examples(found: Scan, recipe: Recipe, folder: Path) -> Iterator[tuple[str, i
 
     Raises `DataError` when the data is not what it was when it was scanned.
     """
+    return ((part, number, example) for part, number, _, example in examples_of_rows(found, recipe, folder))
+
+
+def examples_of_rows(found: Scan, recipe: Recipe, folder: Path) -> Iterator[tuple[str, int, Row, Example]]:
+    """As `examples`, with the row of the file that each is made from."""
     start = 0
     for number, reading in enumerate(found.readings):
         n_rows = 0
-        rows = (row for row in checked_rows(reading, recipe, folder) if not isinstance(row, BadRow))
+        rows = usable_rows(reading, recipe, folder)
         parts = found.part_of[start : start + reading.n_rows].tolist()
-        for part, example in zip(parts, rows, strict=False):  # in this order, so that no row is taken beyond the last
+        for part, (row, example) in zip(parts, rows, strict=False):  # in this order: no row is taken beyond the last
             n_rows += 1
             if part != LEFT_OUT:
-                yield PARTS[part], number, example
+                yield PARTS[part], number, row, example
         if n_rows != reading.n_rows or next(rows, None) is not None:
             raise DataError(f"{reading.field}.uri", reading.source.uri, "was changed while it was read; start again")
         start += n_rows
@@ -189,8 +194,15 @@ def training_sources(data: Data) -> list[Reading]:
     return [Reading(f"train[{number}]", source) for number, source in enumerate(data.train)]
 
 
-def checked_rows(reading: Reading, recipe: Recipe, folder: Path) -> Iterator[Example | BadRow]:
-    """The rows of a source as examples of the task. Raises `DataError` when no row has a column that it needs."""
+def usable_rows(reading: Reading, recipe: Recipe, folder: Path) -> Iterator[tuple[Row, Example]]:
+    """The rows of a source that are examples of the task, with these."""
+    for row, example in checked_rows(reading, recipe, folder):
+        if isinstance(row, Row) and not isinstance(example, BadRow):
+            yield row, example
+
+
+def checked_rows(reading: Reading, recipe: Recipe, folder: Path) -> Iterator[tuple[Row | BadRow, Example | BadRow]]:
+    """The rows of a source, and what the task makes of them. Raises `DataError` when no row has a needed column."""
     absent = required_columns(recipe.data, recipe.objective)
     last: Row | None = None
     for row in read_rows(reading.source, folder, reading.field):
@@ -198,7 +210,7 @@ def checked_rows(reading: Reading, recipe: Recipe, folder: Path) -> Iterator[Exa
             last = row
             if absent:
                 absent = {name: column for name, column in absent.items() if column not in row.values}
-        yield row if isinstance(row, BadRow) else to_example(row, recipe.data, recipe.objective)
+        yield row, row if isinstance(row, BadRow) else to_example(row, recipe.data, recipe.objective)
     if absent and last is not None:
         raise missing_column(absent, last, reading)
 

@@ -115,7 +115,7 @@ class StreamFeed:
         self.steps = recipe.train.max_steps or 0
         self.counts = Counts()
         head = first_rows(recipe, home, self._given_bad)
-        self.example = request_of(head[0])
+        self.example = request_of(head[0], recipe.objective.task, tokenizer)
         self.rows: EncodedRows = ListRows(self._encode(head)[0])
         if not len(self.rows):
             fix = f"none of the first {HEAD_ROWS} training rows keeps a trainable token; raise it"

@@ -11,7 +11,8 @@ import torch
 from ingot.data.conversation import SourceTarget
 from ingot.data.encoded import Encoded, eos_of
 from ingot.data.loader import IGNORE, Batch, Drawn, padded
-from ingot.data.turns import Tokenizer, special_ids
+from ingot.data.turns import Tokenizer
+from ingot.model.inputs import source_ids
 from ingot.recipe import Data, Objective
 
 
@@ -36,28 +37,6 @@ def source_targets(
         encoded = Encoded([*source, *target], trainable, None, row.where, parts)
         found.append((encoded, was_cut or len(target) < len(whole)))
     return found
-
-
-def source_ids(texts: Sequence[str], tokenizer: Tokenizer, longest: int) -> list[tuple[list[int], bool]]:
-    """Ids of each text with the tokenizer's special tokens, at most `longest`, and whether it was cut.
-
-    What is too long loses the end of its text, never the special tokens behind it.
-    """
-    if not texts:
-        return []
-    specials, found = special_ids(tokenizer), []
-    for ids in tokenizer(list(texts))["input_ids"]:
-        n_closing = next((n for n, token in enumerate(reversed(ids)) if token not in specials), 0)
-        kept = max(0, longest - n_closing)
-        is_long = len(ids) > longest
-        found.append(([*ids[:kept], *ids[len(ids) - n_closing :]][:longest] if is_long else list(ids), is_long))
-    return found
-
-
-def first_of_target(tokenizer: Tokenizer) -> int | None:
-    """The special token that the tokenizer puts before every target, if there is one."""
-    first = int(tokenizer(text_target="a")["input_ids"][0])
-    return first if first in special_ids(tokenizer) else None
 
 
 def collate_targets(

@@ -10,13 +10,13 @@ from typing import Any
 
 from ingot.data.conversation import Conversation, Document, PromptCompletion, SourceTarget
 from ingot.data.encoded import Encoded as Encoded
-from ingot.data.encoded import ids_of, prefix_of, with_prefix
 from ingot.data.example import Example
 from ingot.data.labeled import Asked, Labeled, MultiLabeled, Tagged
 from ingot.data.preference import Preference
 from ingot.data.texts import completions, documents, joined
 from ingot.data.turns import Masked, Tokenizer, encode_chats, render, require_template
 from ingot.errors import DataError, ModelError
+from ingot.model.inputs import ids_of, prefix_of, with_prefix
 from ingot.recipe import Data, Objective
 from ingot.registry import resolve
 
@@ -179,20 +179,37 @@ def prompt_text(example: Example) -> str:
     return joined(example)[0][: joined(example)[1]] if isinstance(example, PromptCompletion) else example.text
 
 
-def request_of(example: Example) -> dict[str, Any]:
-    """The row as a request to an endpoint: `messages` before the last assistant turn, `input_string`, `text`, or
-    `question` and `context`.
+def _judged(answer: Conversation | PromptCompletion | Document) -> dict[str, Any]:
+    if isinstance(answer, Conversation):
+        return {"messages": [turn.as_dict() for turn in answer.messages]}
+    if isinstance(answer, PromptCompletion):
+        return {"prompt": answer.prompt, "completion": answer.completion}
+    return {"text": answer.text}
 
-    A document is asked for the rest of its first eight words.
+
+def request_of(example: Example, task: str, tokenizer: Tokenizer = None) -> dict[str, Any]:
+    """The row as a request to a model of `task`, in columns of model/task_schemas.py: an answered conversation for
+    reward, one without its last answer elsewhere.
+
+    A document is asked for the rest of its first eight words; with gaps to fill, for the middle one, in whose place the
+    tokenizer's mask token stands.
     """
     if isinstance(example, Preference):
         example = example.chosen
+        if task == "reward":
+            return _judged(example)
     if isinstance(example, Conversation):
         return {"messages": [turn.as_dict() for turn in example.messages[: example.last_assistant]]}
+    if isinstance(example, Tagged) and tuple(example.text.split()) != example.words:
+        return {"tokens": list(example.words)}
     if isinstance(example, Labeled | MultiLabeled | Tagged):
         return {"text": example.text}
     if isinstance(example, Asked):
         return {"question": example.question, "context": example.context}
     if isinstance(example, Document):
-        return {"input_string": " ".join(example.text.split()[:8])}
+        words = example.text.split()[:8]
+        if task != "fill-mask":
+            return {"input_string": " ".join(words)}
+        words[len(words) // 2 : len(words) // 2 + 1] = [tokenizer.mask_token]
+        return {"text": " ".join(words)}
     return {"input_string": prompt_text(example)}

@@ -9,18 +9,14 @@ model is asked with exactly the tokens it was trained behind.
 from collections.abc import Sequence
 
 from ingot.data.conversation import Document, PromptCompletion
-from ingot.data.encoded import ended, eos_of, prefix_of, with_prefix
+from ingot.data.encoded import ended, eos_of
 from ingot.data.turns import Masked, Tokenizer, first_token
+from ingot.model.inputs import joined_text, prefix_of, with_prefix
 
 
 def joined(example: PromptCompletion) -> tuple[str, int]:
-    """Prompt and completion as one text, and the character where the completion begins.
-
-    One space is put between them where neither brings a blank of its own; spaces at the joint count as completion.
-    """
-    prompt, completion = example.prompt, example.completion
-    apart = prompt[-1:].isspace() or completion[:1].isspace()
-    return prompt + ("" if apart else " ") + completion, len(prompt.rstrip(" "))
+    """`joined_text` of the row."""
+    return joined_text(example.prompt, example.completion)
 
 
 def completions(rows: Sequence[PromptCompletion], tokenizer: Tokenizer) -> list[Masked]:

@@ -20,6 +20,7 @@ from ingot.data.conversation import Conversation, Message
 from ingot.data.outline import Outlines, find_turn
 from ingot.data.rendering import FIELD, OWN, Tokenizer, refused, render, require_template, unproved
 from ingot.errors import ModelError
+from ingot.model.inputs import special_ids
 from ingot.recipe import Objective
 
 Masked = tuple[list[int], list[bool]]  # ids and, for each, whether the model learns to write it
@@ -73,12 +74,6 @@ def _learn(tokenizer: Tokenizer, train_on: str) -> _Template:
     asked, told = render(_PROBE, tokenizer, 1, prompt=True), render(_PROBE, tokenizer, 1)
     header = asked.removeprefix(told) if asked.startswith(told) else ""
     return _Template(tokenizer, train_on, specials, _stop_id(text, tokenizer, specials), header, Outlines(texts))
-
-
-def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids of all tokens that the tokenizer holds as special."""
-    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return frozenset([*tokenizer.all_special_ids, *added])
 
 
 def first_token(offsets: Sequence[Span], character: int) -> int:

@@ -1,24 +1,27 @@
-"""chrF (Popović 2015): F-score of character n-grams, 0 to 100.
+"""chrF (Popović 2015): F-score of character n-grams, 0 to 100. chrF++ (Popović 2017): of words' n-grams too.
 
 N rows, K numbers per row.
 """
 
+import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from ingot.evaluation.statistic import Array
+
 ORDERS = 6
 BETA = 2  # recall counts beta times as much as precision
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def chrf_counts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Array:
-    """[N, K]: n-grams of the prediction, of the reference that fits it best, and of both, for every n from 1 to 6."""
+def chrf_counts(predictions: Sequence[str], references: Sequence[Sequence[str]], words: int = 0) -> Array:
+    """[N, K]: n-grams of the prediction, of the reference that fits it best, and of both, for every n from 1 to 6 of
+    characters, and from 1 to `words` of words.
+    """
     rows = []
     for prediction, texts in zip(predictions, references, strict=True):
-        candidates = np.asarray([_counts(prediction, text) for text in texts], dtype=np.float64)
+        candidates = np.asarray([_counts(prediction, text, words) for text in texts], dtype=np.float64)
         rows.append(candidates[int(chrf_of(candidates).argmax())])
     return np.stack(rows)
 
@@ -38,15 +41,34 @@ def chrf_of(sums: Array) -> Array:
     return score
 
 
-def _counts(prediction: str, reference: str) -> list[int]:
-    found, wanted = ("".join(text.split()) for text in (prediction, reference))
-    pairs = [(_ngrams(found, n), _ngrams(wanted, n)) for n in range(1, ORDERS + 1)]
+def _counts(prediction: str, reference: str, words: int) -> list[int]:
+    found, wanted = (_all_ngrams(text, words) for text in (prediction, reference))
+    # sacrebleu counts no n-grams of the prediction for an order that the reference has none of.
     return [
-        *(one.total() for one, _ in pairs),
-        *(other.total() for _, other in pairs),
-        *((one & other).total() for one, other in pairs),
+        *(one.total() if other else 0 for one, other in zip(found, wanted, strict=True)),
+        *(other.total() for other in wanted),
+        *((one & other).total() for one, other in zip(found, wanted, strict=True)),
     ]
 
 
-def _ngrams(text: str, n: int) -> Counter[str]:
-    return Counter(text[start : start + n] for start in range(len(text) - n + 1))
+def _all_ngrams(text: str, words: int) -> list[Counter[Sequence[str]]]:
+    """Of characters without blanks, then of words."""
+    units: list[tuple[Sequence[str], int]] = [("".join(text.split()), ORDERS), (tuple(_words(text)), words)]
+    return [
+        Counter(unit[start : start + n] for start in range(len(unit) - n + 1))
+        for unit, orders in units
+        for n in range(1, orders + 1)
+    ]
+
+
+def _words(text: str) -> list[str]:
+    """Words with one sign of punctuation, at the end or else at the beginning, as a word of its own."""
+    parts: list[str] = []
+    for word in text.split():
+        if len(word) > 1 and word[-1] in string.punctuation:
+            parts += [word[:-1], word[-1]]
+        elif len(word) > 1 and word[0] in string.punctuation:
+            parts += [word[0], word[1:]]
+        else:
+            parts.append(word)
+    return parts

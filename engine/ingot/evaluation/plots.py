@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 
-from ingot.evaluation.metrics import METRICS
-from ingot.evaluation.runner import Score
+from ingot.evaluation.metrics import METRICS, Metric
+from ingot.evaluation.result import Score
 
 matplotlib.use("Agg")  # no display on a cluster
 from matplotlib import pyplot as plt
@@ -41,10 +41,32 @@ Side = tuple[str, str, dict[str, Score]]
 """A model's name, its colour, its scores."""
 
 
+class Course(NamedTuple):
+    """A metric while the model trained: (step, value, low, high), the base model as step 0; the step that was taken.
+    `name`: METRIC, TASK/METRIC or either with @EXTRACT.
+    """
+
+    name: str
+    points: Sequence[tuple[int, float, float, float]]
+    chosen: int
+
+    @property
+    def metric(self) -> Metric:
+        """What the vocabulary says about it."""
+        return METRICS[self.name.rpartition("/")[2].partition("@")[0]]
+
+
 def run_picture(
-    train: Points, validation: Points, base: dict[str, Score] | None, tuned: dict[str, Score], path: Path, title: str
+    train: Points,
+    validation: Points,
+    base: dict[str, Score] | None,
+    tuned: dict[str, Score],
+    path: Path,
+    title: str,
+    course: Course | None = None,
 ) -> None:
-    """Write a PNG of 1600 x 640 pixels: the loss curve, and a bar before and after for each metric with its interval.
+    """Write a PNG of 1600 x 640 pixels: the loss curve, and a bar before and after for each metric with its interval;
+    between them `course`, where a metric was measured on the way.
 
     Shares (0 to 1) stand in one panel; any other metric gets a panel of its own, since its scale is another.
     """
@@ -53,29 +75,33 @@ def run_picture(
     sides: list[Side] = [("base", GREY, base)] if base else []
     sides.append(("tuned", BLUE, tuned))
     widths = [0.7 + len(group) for group in groups]
-    widths.insert(0, max(3.4, 0.45 * sum(widths)))  # a loss curve narrower than its legend would leave a gap
+    curve = max(3.4, 0.45 * sum(widths))  # a loss curve narrower than its legend would leave a gap
+    widths = [curve] * (1 if course is None else 2) + widths
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(widths), figsize=(16, 6.4), dpi=100, width_ratios=widths, layout="constrained"
         )
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         figure.suptitle(title, x=0.012, ha="left", fontsize=21, fontweight="bold")
-        _losses(axes[0], train, validation)
-        for axis, group in zip(axes[1:], groups, strict=True):
+        _losses(axes[0], train, validation, columns=3 if course is None else 2)  # of a legend that is no wider
+        if course is not None:
+            _course(axes[1], course)
+        bars = axes[-len(groups) :]
+        for axis, group in zip(bars, groups, strict=True):
             _bars(axis, group, sides)
-        _legend(axes[1])
+        _legend(bars[0])
         figure.savefig(path)
         plt.close(figure)
 
 
-def _legend(axis: Any) -> None:
+def _legend(axis: Any, columns: int = 3) -> None:
     """Above the panel, where no line and no bar can be."""
     handles, _ = axis.get_legend_handles_labels()
     if handles:
-        axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncols=len(handles), fontsize=16)
+        axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncols=min(columns, len(handles)), fontsize=16)
 
 
-def _losses(axis: Any, train: Points, validation: Points) -> None:
+def _losses(axis: Any, train: Points, validation: Points, columns: int) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         axis.plot(steps, losses, color=GREY, linewidth=1.0, alpha=0.7, label="training")
@@ -86,6 +112,24 @@ def _losses(axis: Any, train: Points, validation: Points) -> None:
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("loss (nats per target)")
     axis.set_ylim(bottom=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    _legend(axis, columns)
+
+
+def _course(axis: Any, course: Course) -> None:
+    steps, values, lows, highs = zip(*course.points, strict=True)
+    if steps[0] == 0:
+        axis.axhline(values[0], color=GREY, linewidth=2.0, linestyle="--", label="base")
+    axis.fill_between(steps, lows, highs, color=BLUE, alpha=0.15, linewidth=0)
+    axis.plot(steps, values, "o-", color=BLUE, markersize=7, linewidth=2.0)
+    taken = [(step, value) for step, value in zip(steps, values, strict=True) if step == course.chosen]
+    if taken:
+        label = f"taken: step {course.chosen}"
+        axis.plot(*taken[0], "o", markersize=14, fillstyle="none", markeredgewidth=2.5, color=ORANGE, label=label)
+    top = 1.0 if course.metric.unit_interval else max(*values, *highs)
+    axis.set_ylim(min(0.0, *lows), top * 1.05 or 1.0)
+    axis.set_xlabel("optimizer step" if "/" in course.name else "optimizer step (validation rows)")
+    axis.set_ylabel(course.name)
     axis.xaxis.get_major_locator().set_params(integer=True)
     _legend(axis)
 

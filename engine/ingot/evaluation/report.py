@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from ingot.evaluation.compare import SLICE_ROWS, Comparison, Difference
 from ingot.evaluation.metrics import METRICS
-from ingot.evaluation.runner import Comparison, Score
+from ingot.evaluation.result import Score
 
 Scores = dict[str, Score]
+FEW_CLUSTERS = 10
+NAMED = 5  # left-out slices that are named
 
 
 def metrics_json(scores: Scores) -> dict[str, Any]:
@@ -16,7 +19,35 @@ def metrics_json(scores: Scores) -> dict[str, Any]:
     }
 
 
-def table(base: Scores | None, tuned: Scores | None, comparison: Comparison | None) -> list[dict[str, str]]:
+def notes_of(found: Comparison) -> list[str]:
+    """What a reader of the differences must know: what was resampled, which rows and slices were left out, how many
+    tests p-values are adjusted for.
+    """
+    first, second = found.names
+    notes = []
+    for task, (ours, theirs) in found.left_out.items():
+        kept = next(it.paired.n for it in found.differences if it.task == task)
+        notes.append(
+            f"{task}: {kept:,} rows that both have; {ours:,} of {first} and {theirs:,} of {second} are left out"
+        )
+    for task, (n, clusters) in _clusters(found).items():
+        said = f"{task}: {n:,} rows of {clusters:,} groups: whole groups are resampled, not rows"
+        said += "; McNemar's test takes rows as independent and is not made"
+        few = f"; so few groups (under {FEW_CLUSTERS}) make intervals too narrow"
+        notes.append(said + (few if clusters < FEW_CLUSTERS else ""))
+    for task, small in found.small.items():
+        names = ", ".join(f"{name} ({n})" for name, n in list(small.items())[:NAMED])
+        more = f" and {len(small) - NAMED} more" if len(small) > NAMED else ""
+        too = f"slices of under {SLICE_ROWS} rows, of one group or without a defined metric"
+        notes.append(f"{task}: {too} are left out: {names}{more}")
+    return notes
+
+
+def _clusters(found: Comparison) -> dict[str, tuple[int, int]]:
+    return {it.task: (it.paired.n, it.clusters) for it in found.differences if it.clusters and it.slice is None}
+
+
+def table(base: Scores | None, tuned: Scores | None, differences: dict[str, Difference] | None) -> list[dict[str, str]]:
     """One row a metric; the columns base, tuned, difference and p stand only where they were measured."""
     shown = []
     for name in tuned or base or {}:
@@ -26,10 +57,10 @@ def table(base: Scores | None, tuned: Scores | None, comparison: Comparison | No
             if scores:
                 score = scores[name]
                 row[title] = with_interval(score.value, score.low, score.high, decimals)
-        if comparison is not None:
-            paired = comparison.metrics[name]
+        if differences is not None:
+            paired = differences[name].paired
             row["difference"] = with_interval(paired.difference, paired.low, paired.high, decimals, sign="+")
-            row["p"] = p_text(paired.p_value if paired.mcnemar_p is None else paired.mcnemar_p)
+            row["p"] = p_text(differences[name].p_value)
         shown.append(row)
     return shown
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ingot.errors import IngotError, RecipeError
-from ingot.model.load import logits_of
+from ingot.errors import IngotError, ModelError, RecipeError
+from ingot.model.kinds import logits_of
 from ingot.model.matrices import Matrix, matrices
 from ingot.model.quantize import QuantizedLinear
 from ingot.recipe import Adapter, Task
@@ -295,6 +295,22 @@ def read_adapter(model: PeftModel, folder: Path) -> int:
     for name, tensor in saved.items():
         places[name].copy_(tensor)
     return len(saved)
+
+
+def with_saved_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with the adapter in `folder` (peft's layout, safetensors only) folded into its weights.
+
+    Raises ModelError when there is none, or when it is one of another model.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError("target", folder.name, "it holds no adapter_model.safetensors; pickle files are never opened")
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, folder, is_trainable=False)  # type: ignore[arg-type]
+        merged: nn.Module = adapted.merge_and_unload()
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise ModelError("target", folder.name, f"the adapter does not fit its base: {reason}; add --base") from error
+    return merged
 
 
 @torch.no_grad()

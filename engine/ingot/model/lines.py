@@ -23,7 +23,8 @@ from transformers.utils import logging
 from ingot.errors import FieldError, MissingPackage, RecipeError
 from ingot.model.attention import FEATURES, flash_kernel, implementation, varlen_kernel
 from ingot.model.documents import Documents
-from ingot.model.load import KINDS, POOLED, resolve_pooling
+from ingot.model.kinds import KINDS, POOLED
+from ingot.model.load import resolve_pooling
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.source import model_folder
 from ingot.recipe import Model, Recipe, Task

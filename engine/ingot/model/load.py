@@ -1,11 +1,10 @@
 """A recipe's model section -> tokenizer and model, from safetensors on this disk."""
 
-import inspect
 import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -13,17 +12,15 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
 from ingot.errors import ModelError
 from ingot.model.attention import implementation
+from ingot.model.kinds import KINDS, POOLED, pad_id
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.quantize import QuantizedLinear
 from ingot.model.source import model_folder
@@ -31,15 +28,6 @@ from ingot.recipe import Model, Task
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 Read: TypeAlias = Callable[..., nn.Module]  # (an Auto class, folder, **options of its from_pretrained) -> model
-# What reads a task's model; the others write text from left to right.
-KINDS: dict[str, Any] = {
-    "summarization": AutoModelForSeq2SeqLM,
-    "translation": AutoModelForSeq2SeqLM,
-    "token-classification": AutoModelForTokenClassification,
-    "question-answering": AutoModelForQuestionAnswering,
-    "fill-mask": AutoModelForMaskedLM,
-}
-POOLED = ("text-classification", "multi-label-classification", "reward")  # an output for a whole row
 CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -105,6 +93,20 @@ def context_length(model: Model, folder: Path) -> int | None:
     """Longest sequence that the model's positions reach, as its configuration says; None where it names no limit."""
     config = json.loads((model_folder(model, folder, weights=False) / "config.json").read_text(encoding="utf-8"))
     return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+
+
+class Described(NamedTuple):
+    """What a model's folder says of it, without its weights."""
+
+    config: Any
+    generation_config: Any
+
+
+def described(folder: Path) -> Described:
+    """Configurations of a model's folder, as a loaded model carries them."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    there = (folder / "generation_config.json").is_file()
+    return Described(config, GenerationConfig.from_pretrained(folder, local_files_only=True) if there else None)
 
 
 def few_bits(model: Model, folder: Path) -> str | None:
@@ -218,14 +220,6 @@ def _load_classifier(
     return MeanPoolClassifier(loaded, len(config.id2label))
 
 
-def knows_segments(model: nn.Module) -> bool:
-    """Whether the model is told a first segment of a row from a second one (`token_type_ids`)."""
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)  # peft's wrapper takes anything and hides the names
-    base: Any = unwrap()
-    kinds = getattr(base.config, "type_vocab_size", 2)
-    return kinds > 1 and "token_type_ids" in inspect.signature(base.forward).parameters
-
-
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) numbers of weights; tied ones count once, quantized ones as what they stand for."""
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -233,15 +227,3 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     sizes = [(p.requires_grad, p.numel()) for p in model.parameters() if id(p) not in held]
     total = sum(n for _, n in sizes) + sum(module.in_features * module.out_features for module in quantized)
     return sum(n for trainable, n in sizes if trainable), total
-
-
-def pad_id(tokenizer: Tokenizer) -> int:
-    """The id that fills up batches. Padding is masked by position, so eos or 0 will do where there is no pad token."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def logits_of(output: Any) -> torch.Tensor:
-    """The logits in whatever a model's forward returned, as float32. Of an answer's place [B, T, 2]."""
-    if hasattr(output, "start_logits"):
-        return torch.stack([output.start_logits, output.end_logits], dim=-1).float()
-    return (output if isinstance(output, torch.Tensor) else output.logits).float()

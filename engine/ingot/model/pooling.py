@@ -1,6 +1,6 @@
 """Text classification: a classifier on the mean of an encoder's last hidden states, and class probabilities of any.
 
-Self-contained (torch, safetensors and transformers only): the packager copies this file into the MLflow model.
+Self-contained (torch, safetensors, transformers and its neighbour `kinds.py`): the MLflow package holds a copy.
 """
 
 # B batch, T tokens (of a row, or of a line of rows end to end), N rows of a line, D hidden, C classes
@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
-CLASSIFIER_FILE = "classifier.safetensors"
+from .folder import CLASSIFIER_FILE
+from .kinds import batches, logits_of, padded
 
 
 class MeanPoolClassifier(nn.Module):
@@ -96,7 +97,6 @@ class MeanPoolClassifier(nn.Module):
         return model.eval()
 
 
-@torch.inference_mode()
 def class_probabilities(
     model: nn.Module,
     rows: Sequence[list[int]],
@@ -105,29 +105,34 @@ def class_probabilities(
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[list[float]]:
     """Token ids of each text -> probabilities [C] of each, in input order. Where a text may have several classes
-    (`problem_type` of the configuration), each is by itself.
-
-    Batches hold texts of similar length, at most `tokens_per_batch` tokens counting padding (at least one text).
-    `progress` gets the number
-    of texts that each batch finished.
+    (`problem_type` of the configuration), each is by itself. Batches as in `class_logits`.
     """
     several = getattr(model.config, "problem_type", None) == "multi_label_classification"  # type: ignore[union-attr]
+    found = class_logits(model, rows, pad_id, tokens_per_batch, progress)
+    return [(logits_C.sigmoid() if several else logits_C.softmax(-1)).tolist() for logits_C in found]
+
+
+@torch.no_grad()  # not inference_mode: the model may go on training
+def class_logits(
+    model: nn.Module,
+    rows: Sequence[list[int]],
+    pad_id: int,
+    tokens_per_batch: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Tensor]:
+    """Token ids of each text -> logits [C] float32 of each, in input order.
+
+    Batches hold texts of similar length, at most `tokens_per_batch` tokens counting padding (at least one text).
+    `progress` gets the number of texts that each batch finished.
+    """
     configured = getattr(model.config, "pad_token_id", None)  # type: ignore[union-attr]
     # Decoders find the last token by comparing with the configured padding id; without one they take single rows.
     single = configured is None and not isinstance(model, MeanPoolClassifier)
     pad_id = pad_id if configured is None else configured
-    device = next(model.parameters()).device
-    waiting = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
-    found: dict[int, list[float]] = {}
-    while waiting:
-        longest = len(rows[waiting[0]])
-        size = 1 if single else max(1, tokens_per_batch // longest)
-        batch, waiting = waiting[:size], waiting[size:]
-        ids_BT = torch.tensor([rows[i] + [pad_id] * (longest - len(rows[i])) for i in batch], device=device)
-        mask_BT = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
-        output = model(input_ids=ids_BT, attention_mask=mask_BT)
-        logits_BC = output if isinstance(output, Tensor) else output.logits
-        shares_BC = logits_BC.float().sigmoid() if several else logits_BC.float().softmax(-1)
-        found |= dict(zip(batch, shares_BC.tolist(), strict=True))
-        progress(len(batch))
-    return [found[index] for index in range(len(rows))]
+    found = [torch.empty(0)] * len(rows)
+    for part in batches([len(row) for row in rows], 1 if single else tokens_per_batch):
+        output = model(**padded(model, [rows[index] for index in part], pad_id))
+        for index, logits_C in zip(part, logits_of(output).cpu(), strict=True):
+            found[index] = logits_C
+        progress(len(part))
+    return found

@@ -132,7 +132,7 @@ def quantize(weight: Tensor, section: Quantization) -> dict[str, Tensor]:
     if section.kind in ("int8", "fp8"):
         packed, scales = (int8 if section.kind == "int8" else fp8).quantize(weight)
         return {"packed": packed, "scales": scales}
-    functional = _bitsandbytes()
+    functional = bitsandbytes_functional()
     if functional is None:
         return _named(*nf4.quantize(weight, section.double))
     packed, state = functional.quantize_4bit(
@@ -178,7 +178,7 @@ def dequantize(
         return (int8 if kind == "int8" else fp8).dequantize(packed, scales, dtype, out)
     nested, offset = parts.get("scale_scales"), parts.get("scale_offset")
     # bitsandbytes 0.50 begins a block at every row: with rows of 96 half of the weights get another block's scale.
-    functional = None if packed.is_cuda or shape[1] % nf4.BLOCK else _bitsandbytes()
+    functional = None if packed.is_cuda or shape[1] % nf4.BLOCK else bitsandbytes_functional()
     if functional is None:
         return nf4.dequantize(packed, scales, nested, offset, shape, dtype, out)
     # On a CPU bitsandbytes takes a fifth of the time: 0.25 ms for 3 M weights in float32, ours 1.24 (2 Zen 4 cores).
@@ -195,7 +195,7 @@ def dequantize(
 def quantized(model: nn.Module, section: Quantization) -> nn.Module:
     """`model` with its linear layers quantized in place, all but the output head and a classifier; returns it."""
     _own(model)
-    for name, parent, linear in _linears(model):
+    for name, parent, linear in linears(model):
         setattr(parent, name, QuantizedLinear(linear, section))
     return model
 
@@ -220,7 +220,7 @@ def rounded(model: nn.Module, section: Quantization) -> nn.Module:
     """`model` with the weights that its quantized form computes with, in full size: what an adapter learned over."""
     _own(model)
     with torch.no_grad():
-        for name, parent, linear in _linears(model):
+        for name, parent, linear in linears(model):
             held = parts_of_checkpoint(linear)
             if held is not None:
                 setattr(parent, name, _plain(linear, held))
@@ -231,7 +231,7 @@ def rounded(model: nn.Module, section: Quantization) -> nn.Module:
     return model
 
 
-def _linears(model: nn.Module) -> list[tuple[str, nn.Module, nn.Linear]]:
+def linears(model: nn.Module) -> list[tuple[str, nn.Module, nn.Linear]]:
     """(name, parent, layer) of every linear layer that is quantized."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return [
@@ -256,7 +256,7 @@ def _plain(linear: nn.Linear, parts: dict[str, Tensor]) -> nn.Linear:
     return plain
 
 
-def _bitsandbytes() -> Any:
+def bitsandbytes_functional() -> Any:
     """Its functions, or None where it is not installed."""
     if find_spec("bitsandbytes") is None:
         return None

@@ -1,66 +1,33 @@
 """A finished model folder, ready to answer: the runtime behind the MLflow package (which holds a copy of this file)
-and the
-endpoint. Self-contained: standard library, torch, transformers, and its neighbours `generate.py` and `pooling.py`.
+and the endpoint. Self-contained: standard library, torch, transformers, pydantic, and its neighbours.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
-from .generate import (
-    Generation,
-    InputError,
-    Sampling,
-    context_limit,
-    generate,
-    make_rows,
-    padding_id,
-    plain_prompt_ids,
-    stream,
-)
-from .pooling import CLASSIFIER_FILE, MeanPoolClassifier, class_probabilities
+from .adapted import is_adapter, over_base
+from .answers import ANSWERS, DEFAULT_NEW_TOKENS, TOKENS_PER_BATCH, Answering, shares_of, vectors
+from .folder import CLASSIFIER_FILE, describe
+from .generate import context_limit, generate, make_rows, plain_prompt_ids, stream
+from .kinds import KINDS, POOLED
+from .pooling import MeanPoolClassifier
+from .sampling import Generation, InputError, Sampling
+from .task_checks import SchemaError, read_params, read_row
 
-RUNTIME_FILE = "ingot.json"
-DEFAULT_NEW_TOKENS = 128
-KINDS: dict[str, Any] = {
-    "summarization": AutoModelForSeq2SeqLM,
-    "translation": AutoModelForSeq2SeqLM,
-    "token-classification": AutoModelForTokenClassification,
-    "question-answering": AutoModelForQuestionAnswering,
-    "fill-mask": AutoModelForMaskedLM,
-}
-POOLED = ("text-classification", "multi-label-classification", "reward")
+# Sampling parameters as clients name them -> as `generate` does; the others have one name.
+PARAMS = {"max_tokens": "max_new_tokens"}
 WRITING = ("chat-completion", "text-generation", "language-modeling")
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """What `ingot.json` says about a model folder; for a folder without one, what its configuration implies."""
-    if (folder / RUNTIME_FILE).is_file():
-        return json.loads((folder / RUNTIME_FILE).read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tokenizer = folder / "tokenizer_config.json"
-    chat = (folder / "chat_template.jinja").is_file() or (
-        tokenizer.is_file() and "chat_template" in json.loads(tokenizer.read_text(encoding="utf-8"))
-    )
-    if (folder / CLASSIFIER_FILE).is_file():
-        return {"task": "text-classification", "pooling": "mean"}
-    if any("ForSequenceClassification" in name for name in config.get("architectures") or []):
-        return {"task": "text-classification", "pooling": "head"}
-    return {"task": "chat-completion" if chat else "text-generation"}
 
 
 class Runtime:
@@ -72,32 +39,22 @@ class Runtime:
         self.default_new_tokens = int(about.get("max_new_tokens") or DEFAULT_NEW_TOKENS)
         named = getattr(model.config, "id2label", None) or {}  # type: ignore[union-attr]
         self.labels: tuple[str, ...] = tuple(about.get("labels") or [named[i] for i in sorted(named)])
+        self.answering = Answering(self.task, self.model, tokenizer, self.labels, about)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> "Runtime":
         """Load a complete Hugging Face folder (safetensors, no remote code, no network). On a CPU in float32."""
         folder = Path(folder)
+        if is_adapter(folder):
+            adapted: Runtime = over_base(cls.load, folder, device)
+            return adapted
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no config.json: not a model folder")
         about = describe(folder)
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype: Any = "auto" if where.type == "cuda" else torch.float32
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        if about["task"] not in POOLED:
-            auto = KINDS.get(about["task"], AutoModelForCausalLM)
-            model = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True, **local)
-        elif (folder / CLASSIFIER_FILE).is_file():
-            model = MeanPoolClassifier.from_pretrained(folder, dtype=dtype)
-        else:
-            kind = AutoModelForSequenceClassification
-            model, loaded = kind.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
-            )
-            if loaded["missing_keys"]:  # transformers would go on with random weights in their place
-                missing = ", ".join(sorted(loaded["missing_keys"])[:3])
-                raise ValueError(f"{folder} lacks weights of the classifier ({missing}): it was not saved as a whole")
-        return cls(model.to(where), tokenizer, about)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return cls(_model(folder, about["task"], dtype).to(where), tokenizer, about)
 
     def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The prompt of a conversation, by the tokenizer's own chat template."""
@@ -118,7 +75,7 @@ class Runtime:
     def _require_text(self) -> None:
         if self.task not in WRITING:
             what = "classifies text" if self.task == "text-classification" else f"is for {self.task}"
-            raise InputError("model", f"this model {what}: it does not write any")
+            raise InputError("model", f"this model {what}: it does not write any; send rows to /invocations")
 
     def sampling(self, prompts: Sequence[list[int]], params: dict[str, Any]) -> Sampling:
         """`params` (max_new_tokens, temperature, top_p, stop, seed; None: default) -> `Sampling`.
@@ -158,19 +115,69 @@ class Runtime:
         """Continue one prompt."""
         return self.generate([self.prompt_ids(prompt)], **params)[0]
 
-    def classify(self, texts: Sequence[str], tokens_per_batch: int = 8192) -> list[tuple[str, dict[str, float]]]:
+    def answer(
+        self, rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """One record of output columns for each row of input columns, as `task_schemas.py` has them: what package,
+        endpoint and batches answer. `params`: as clients name them, None where not given. Raises InputError.
+        """
+        asked, given = self.read(rows, params)
+        if not asked:
+            return []
+        if self.task not in WRITING:
+            return ANSWERS[self.task](self.answering, asked, given)
+        written = self.generate([self.prompt_of(row) for row in asked], **self.sampling_params(given))
+        return [{"output_string": answer.text} for answer in written]
+
+    def read(
+        self, rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any] | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Rows and parameters by the table's own names, checked. Raises InputError."""
+        try:
+            return [read_row(self.task, row) for row in rows], read_params(self.task, params or {})
+        except SchemaError as error:
+            raise InputError(error.field, str(error)) from error
+
+    def prompt_of(self, row: Mapping[str, Any]) -> list[int]:
+        """The prompt of a row that `read` gave, for what writes text."""
+        if self.task != "chat-completion":
+            return self.prompt_ids(row["input_string"])
+        return self.chat_ids(row.get("messages") or [{"role": "user", "content": row["input_string"]}])
+
+    @staticmethod
+    def sampling_params(given: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters that `read` gave, as `generate` and `sampling` name them."""
+        return {PARAMS.get(name, name): value for name, value in given.items()}
+
+    def classify(
+        self, texts: Sequence[str], tokens_per_batch: int = TOKENS_PER_BATCH
+    ) -> list[tuple[str, dict[str, float]]]:
         """The most likely label of each text, and the probability of every label."""
         if self.task != "text-classification":
             does = "writes text" if self.task in WRITING else f"is for {self.task}"
             raise InputError("model", f"this model {does}: it does not classify")
-        limits = [n for n in (context_limit(self.model), self.tokenizer.model_max_length) if n is not None]
-        cut = self.about.get("max_tokens")  # training cut longer texts there, so the same is done here
-        encoded = [list(self.tokenizer(t, truncation=cut is not None, max_length=cut)["input_ids"]) for t in texts]
-        for ids in encoded:
-            if not ids:
-                raise InputError("text", "the text holds no token")
-            if len(ids) > min(limits, default=len(ids)):
-                raise InputError("text", f"{len(ids)} tokens, and the model reaches {min(limits)}")
-        probs = class_probabilities(self.model, encoded, padding_id(self.tokenizer), tokens_per_batch)
-        answers = [dict(zip(self.labels, row, strict=True)) for row in probs]
+        answers = shares_of(self.answering, texts, tokens_per_batch)
         return [(max(answer, key=answer.__getitem__), answer) for answer in answers]
+
+    def embed(self, texts: Sequence[str], pooling: str | None = None, *, normalize: bool = True) -> Tensor:
+        """The vector of each text [texts, D] float32: hidden states of the last layer, of any model. `pooling` mean,
+        first or last; None: what `embedding` of ingot.json says, else mean. Raises InputError.
+        """
+        return vectors(self.answering, texts, pooling, normalize)
+
+
+def _model(folder: Path, task: str, dtype: Any) -> nn.Module:
+    """The weights of a folder under what the task needs. Raises ValueError where some are missing."""
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    if task in POOLED and (folder / CLASSIFIER_FILE).is_file():
+        return MeanPoolClassifier.from_pretrained(folder, dtype=dtype)
+    auto = AutoModelForSequenceClassification if task in POOLED else KINDS.get(task, AutoModelForCausalLM)
+    auto = AutoModel if task == "embeddings" else auto
+    model, loaded = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **local)
+    missing = sorted(loaded["missing_keys"])
+    if task == "embeddings":  # hidden states are wanted: a pooler behind them is not used
+        missing = [name for name in missing if not name.startswith("pooler.")]
+    if missing:  # transformers would go on with random weights in their place
+        what = "the classifier" if task in POOLED else f"a model for {task}"
+        raise ValueError(f"{folder} lacks weights of {what} ({', '.join(missing[:3])}): it was not saved as a whole")
+    return model  # type: ignore[no-any-return]

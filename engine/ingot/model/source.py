@@ -18,7 +18,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "LICENCE*", "NOTICE*"]
 
 
 def model_folder(model: Model, folder: Path, *, weights: bool = True, tokenizer: bool = True) -> Path:

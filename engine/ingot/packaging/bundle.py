@@ -4,34 +4,62 @@ MLmodel  conda.yaml  python_env.yaml  requirements.txt  input_example.json  serv
 manifest.json           SHA-256 of every other file
 model/                  a complete Hugging Face folder: other servers can be pointed inside the package
 code/ingot_runtime_H/   the runtime; H is a hash of it, so that two packages in one process keep their own
+azure/                  scoring file and batch driver for Azure ML
+components/tokenizer/   where there is a `transformers` flavour: what mlflow loads beside model/
+lineage.json  evaluation.json  LICENSE  NOTICE  licences/   where an Origin gives them
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import warnings
-from importlib.metadata import version
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ingot.errors import MissingPackage, PackageError
+from ingot.model.folder import RUNTIME_FILE
+from ingot.packaging import shards
+from ingot.packaging.card import write_card
+from ingot.packaging.environment import REQUIREMENTS as REQUIREMENTS
+from ingot.packaging.environment import write_environment
+from ingot.packaging.licences import Terms
+from ingot.packaging.lineage import lineage_id, sha256
+from ingot.packaging.notices import write_notices
+from ingot.packaging.pipelines import add_transformers
+from ingot.packaging.signature import check_model_folder, example_row, signature_of
 
 MANIFEST_FILE = "manifest.json"
-RUNTIME_FILE = "ingot.json"
-FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py")
-TEXT_TASKS = ("chat-completion", "text-generation", "language-modeling")
-PIPELINE_TAGS = {"text-classification": "text-classification"}
 HERE = Path(__file__).parent
-RUNTIME_SOURCES = (
-    *(HERE.parent / "model" / f"{name}.py" for name in ("generate", "pooling", "runtime")),
-    HERE / "pyfunc_model.py",
+RUNTIME = (
+    *("adapted", "answers", "embedding", "folder", "generate", "generate_cache", "inputs", "kinds", "pointing"),
+    *("pooling", "probing", "running", "runtime", "sampling", "targets", "task_checks", "task_schemas"),
 )
-REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "numpy")
+RUNTIME_SOURCES = (*(HERE.parent / "model" / f"{name}.py" for name in RUNTIME), HERE / "pyfunc_model.py")
+AZURE_FILES = ("score.py", "batch_driver.py")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from, for a package that accounts for it. `form`: merged, adapter or quantized.
+
+    `lineage`: as lineage.json holds it; its identity goes into the metadata. `evaluation`: as evaluation.json does.
+    `locked`: package (and `python`) -> the version that trained it, in place of those installed here. `requires`: more
+    packages that the form needs.
+    """
+
+    form: str = "merged"
+    lineage: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    terms: Terms | None = None
+    locked: Mapping[str, str] = field(default_factory=dict)
+    requires: Sequence[str] = ()
 
 
 def package_model(
@@ -43,98 +71,108 @@ def package_model(
     example_input: dict[str, Any],
     metadata: dict[str, Any],
     license: str | None,
+    notes: str = "",
+    origin: Origin | None = None,
+    shard_bytes: int = shards.SHARD_BYTES,
 ) -> Path:
     """Write the package of `model_folder` to `out` and return `out`; an earlier package there is replaced in one step.
 
-    `example_input` holds `input_string`, `messages` or `text`. Files are hard links where the file system allows it.
-    Raises `PackageError`.
+    `example_input`: a row of the task. `notes`: a further part of the card, in Markdown. Files are hard links where the
+    file system allows it; weights of more than `shard_bytes` are cut. No tensor is loaded. Raises `PackageError`.
     """
-    about = _check_model_folder(model_folder, task)
-    example = _scalar_example(task, example_input)
-    if out.exists() and not (out / "MLmodel").is_file():
-        raise PackageError(f"{out} exists and is not a package; it is left alone: move it away or choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-building-", dir=out.parent))
-    try:
-        building.chmod(0o755)
-        _link_tree(model_folder, building / "model")
-        (building / "model" / RUNTIME_FILE).write_text(
+    origin = origin or Origin()
+    adapter = origin.form == "adapter"
+    about = _facts(model_folder) if adapter else check_model_folder(model_folder, task)
+    example = example_row(task, example_input)
+    with building(out) as folder:
+        _link_tree(model_folder, folder / "model", shard_bytes)
+        (folder / "model" / RUNTIME_FILE).write_text(
             _json(about | {"task": task, "example": example}), encoding="utf-8"
         )
-        loader = _write_code(building / "code")
-        _write_environment(building)
-        _write_mlmodel(building, loader, task, example, metadata | {"name": name, "task": task, "license": license})
-        (building / "README.md").write_text(_card(name, task, example, metadata, license), encoding="utf-8")
-        _write_manifest(building)
-        _swap(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+        known = metadata | {"name": name, "task": task, "license": license, "form": origin.form}
+        known |= write_origin(folder, origin, name)
+        _write_azure(folder / "azure")
+        loader = _write_code(folder / "code")
+        write_environment(folder, origin.locked, origin.requires)
+        _write_mlmodel(folder, loader, task, example, known)
+        card = write_card(name, task, origin.form, example, known, origin.terms, origin.evaluation, notes)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+@contextlib.contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, which takes its place in one step, with a manifest, when the block ends well.
+
+    Raises PackageError where `out` is something else than a package.
+    """
+    if out.exists() and not (out / MANIFEST_FILE).is_file():
+        raise PackageError(f"{out} exists and is not a package; it is left alone: move it away or choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-building-", dir=out.parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        _write_manifest(folder)
+        _swap(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def add_file(package: Path, name: str, content: Any) -> None:
+    """Add a JSON file to a finished package, and to its manifest."""
+    path, listed = package / name, json.loads((package / MANIFEST_FILE).read_text(encoding="utf-8"))
+    path.write_text(_json(content), encoding="utf-8")
+    listed["sha256"] = dict(sorted({**listed["sha256"], name: sha256(path)}.items()))
+    partial = package / f".{MANIFEST_FILE}.partial"
+    partial.write_text(_json(listed), encoding="utf-8")
+    os.replace(partial, package / MANIFEST_FILE)
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_model_folder(folder: Path, task: str) -> dict[str, Any]:
-    """Refuse a folder that would not load elsewhere; return its `ingot.json` (empty without one)."""
-    if task not in (*TEXT_TASKS, "text-classification"):
-        raise PackageError(f"task {task!r} cannot be packaged")
-    for needed in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+def _link_tree(source: Path, target: Path, shard_bytes: int) -> None:
+    """Weights by `shards`, every other file as it is."""
+    weights: list[str] = []
+    if (source / shards.INDEX_FILE).is_file() or (source / shards.SINGLE_FILE).is_file():
+        shards.place(source, target, shard_bytes)
+        weights = [shards.INDEX_FILE, *(path.name for path in shards.shards_of(source))]
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        if path.is_file() and inside.as_posix() not in (RUNTIME_FILE, *weights):
+            shards.link(path, target / inside)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What `ingot.json` says, of a folder that holds an adapter alone."""
+    for needed in ("adapter_config.json", "adapter_model.safetensors", "base.json", "tokenizer.json"):
         if not (folder / needed).is_file():
-            raise PackageError(
-                f"{folder} holds no {needed}: the package would not load; save model and tokenizer there first"
-            )
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in FORBIDDEN:
-            raise PackageError(
-                f"{path} could run code when loaded; a package holds safetensors and data only: remove it"
-            )
-    index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if missing:
-        raise PackageError(f"{folder} holds no {missing[0]}: the weights are incomplete")
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if task == "chat-completion" and not ((folder / "chat_template.jinja").is_file() or "chat_template" in settings):
-        raise PackageError(f"{folder} has no chat template: chat-completion cannot be served; set model.chat_template")
-    about = folder / RUNTIME_FILE
-    found = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-    if found.get("task", task) != task:
-        raise PackageError(f"{about} says task {found['task']!r}, and the package was asked for as {task!r}")
+            raise PackageError(f"{folder} holds no {needed}: the adapter would not load; train it again")
+    found: dict[str, Any] = json.loads((folder / RUNTIME_FILE).read_text(encoding="utf-8"))
     return found
 
 
-def _scalar_example(task: str, example: dict[str, Any]) -> dict[str, str]:
-    """The example as string columns: hosts that read it (Azure ML without a scoring script) take nothing nested."""
-    allowed = {"chat-completion": ("input_string", "messages"), "text-classification": ("text",)}.get(
-        task, ("input_string",)
-    )
-    if len(example) != 1 or next(iter(example)) not in allowed:
-        raise PackageError(f"the example of a {task} model needs one of {' or '.join(allowed)}, not {sorted(example)}")
-    [(column, value)] = example.items()
-    if column == "messages" and isinstance(value, list):
-        single = len(value) == 1 and value[0].get("role") == "user" and isinstance(value[0].get("content"), str)
-        if single:
-            return {"input_string": value[0]["content"]}
-        return {"messages": json.dumps(value, ensure_ascii=False)}
-    if not isinstance(value, str):
-        raise PackageError(f"the example's {column} must be a string")
-    return {column: value}
+def _write_azure(folder: Path) -> None:
+    folder.mkdir()
+    for script in AZURE_FILES:
+        shutil.copyfile(HERE / "azure" / script, folder / script)
 
 
-def _link_tree(source: Path, target: Path) -> None:
-    for path in sorted(source.rglob("*")):
-        if path.is_file() and path.name != RUNTIME_FILE:
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path.resolve(), place)
-            except OSError:  # another file system, or one without links
-                shutil.copy2(path, place)
+def write_origin(folder: Path, origin: Origin, name: str) -> dict[str, Any]:
+    """Write the files that account for the model; return what metadata say of them."""
+    said: dict[str, Any] = {}
+    if origin.lineage is not None:
+        (folder / "lineage.json").write_text(_json(origin.lineage), encoding="utf-8")
+        said["lineage"] = lineage_id(origin.lineage)
+    if origin.evaluation is not None:
+        (folder / "evaluation.json").write_text(_json(origin.evaluation), encoding="utf-8")
+    if origin.terms is not None:
+        write_notices(folder, origin.terms, name)
+        said |= {"license": origin.terms.licence, "terms": origin.terms.record()}
+    return said
 
 
 def _write_code(folder: Path) -> str:
@@ -150,24 +188,6 @@ def _write_code(folder: Path) -> str:
     return f"{package.name}.pyfunc_model"
 
 
-def _write_environment(folder: Path) -> None:
-    """Pin what is installed here. A local suffix such as +cpu or +cu128 is cut: package indexes do not carry it."""
-    pins = [f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS]
-    (folder / "requirements.txt").write_text("\n".join(pins) + "\n", encoding="utf-8")
-    conda = {
-        "name": "mlflow-env",
-        "channels": ["conda-forge"],
-        "dependencies": [f"python={platform.python_version()}", "pip", {"pip": pins}],
-    }
-    python = {
-        "python": platform.python_version(),
-        "build_dependencies": ["pip"],
-        "dependencies": ["-r requirements.txt"],
-    }
-    (folder / "conda.yaml").write_text(yaml.safe_dump(conda, sort_keys=False), encoding="utf-8")
-    (folder / "python_env.yaml").write_text(yaml.safe_dump(python, sort_keys=False), encoding="utf-8")
-
-
 def _mlflow_pyfunc() -> Any:
     # MLflow warns about its own type hints while it is imported: nothing that the person packaging a model can mend.
     with warnings.catch_warnings():
@@ -179,29 +199,7 @@ def _mlflow_pyfunc() -> Any:
     return mlflow.pyfunc
 
 
-def _signature(task: str) -> Any:
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
-
-    if task == "text-classification":
-        outputs = Schema([ColSpec("string", "label"), ColSpec("double", "probability")])
-        return ModelSignature(Schema([ColSpec("string", "text")]), outputs)
-    chat = task == "chat-completion"
-    columns = [ColSpec("string", "input_string", required=not chat)]
-    if chat:
-        columns.append(ColSpec("string", "messages", required=False))
-    params = [
-        # The schema has no "not given" for numbers: 0 and -1 stand for the model's own default and for no seed.
-        ParamSpec("max_tokens", "long", 0),
-        ParamSpec("temperature", "double", 0.0),
-        ParamSpec("top_p", "double", 1.0),
-        ParamSpec("stop", "string", [], shape=(-1,)),
-        ParamSpec("seed", "long", -1),
-    ]
-    return ModelSignature(Schema(columns), Schema([ColSpec("string", "output_string")]), ParamSchema(params))
-
-
-def _write_mlmodel(folder: Path, loader: str, task: str, example: dict[str, str], metadata: dict[str, Any]) -> None:
+def _write_mlmodel(folder: Path, loader: str, task: str, example: dict[str, Any], metadata: dict[str, Any]) -> None:
     pyfunc = _mlflow_pyfunc()
     from mlflow.models import Model
 
@@ -215,7 +213,7 @@ def _write_mlmodel(folder: Path, loader: str, task: str, example: dict[str, str]
         "pandas_orient": "split",
     }
     model = Model(
-        signature=_signature(task),
+        signature=signature_of(task),
         saved_input_example_info=saved_example,
         metadata=metadata,
         model_size_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
@@ -229,63 +227,42 @@ def _write_mlmodel(folder: Path, loader: str, task: str, example: dict[str, str]
         python_env="python_env.yaml",
         streamable=False,
     )
+    block = add_transformers(folder, task, metadata["form"])
+    if block is not None:
+        model.add_flavor("transformers", **block)
     model.save(str(folder / "MLmodel"))
 
 
-def _card(name: str, task: str, example: dict[str, str], metadata: dict[str, Any], license: str | None) -> str:
-    front = {"license": license, "base_model": metadata.get("base_model"), "library_name": "transformers"}
-    front |= {"pipeline_tag": PIPELINE_TAGS.get(task, "text-generation"), "tags": ["ingot", "mlflow"]}
-    head = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
-    facts = "".join(
-        f"- {key}: {value}\n" for key, value in metadata.items() if isinstance(value, str | int | float | bool)
-    )
-    body = json.dumps({"dataframe_records": [example]}, ensure_ascii=False)
-    return f"""---
-{head}---
-# {name}
-
-Task: {task}. License: {license or "not stated; the base model's licence applies"}.
-
-{facts}
-## Use
-
-```python
-import mlflow
-model = mlflow.pyfunc.load_model("PATH/OF/THIS/FOLDER")
-print(model.predict({json.dumps([example], ensure_ascii=False)}))
-```
-
-`ingot serve FOLDER` answers the OpenAI routes and `/invocations`; so does
-`mlflow models serve -m FOLDER --env-manager local` for the latter:
-
-```json
-{body}
-```
-
-`model/` is a complete Hugging Face folder for any other server. `manifest.json` holds the SHA-256 of every file.
-"""
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_manifest(folder: Path) -> None:
-    files = {str(p.relative_to(folder).as_posix()): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {str(p.relative_to(folder).as_posix()): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / MANIFEST_FILE).write_text(_json({"sha256": files}), encoding="utf-8")
 
 
-def check_manifest(package: Path) -> None:
-    """Compare every file with `manifest.json`; a changed or missing one is a `PackageError`."""
+def metadata_of(package: Path) -> dict[str, Any]:
+    """The metadata of an MLflow model, empty where it has none. Raises PackageError where MLmodel cannot be read, or is
+    not what `package_model` wrote.
+    """
+    try:
+        found = yaml.safe_load((package / "MLmodel").read_text(encoding="utf-8")).get("metadata") or {}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise PackageError(f"{package / 'MLmodel'} cannot be read ({error}); package the model again") from error
+    if (package / MANIFEST_FILE).is_file():
+        check_manifest(package, ("MLmodel",))
+    return dict(found)
+
+
+def check_manifest(package: Path, files: Collection[str] | None = None) -> None:
+    """Compare every file (or `files` alone) with `manifest.json`; a changed or missing one is a `PackageError`."""
     try:
         expected = json.loads((package / MANIFEST_FILE).read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError) as error:
         raise PackageError(f"{package} holds no readable {MANIFEST_FILE}: not a package of Ingot's") from error
     for file, digest in expected.items():
+        if files is not None and file not in files:
+            continue
         if not (package / file).is_file():
             raise PackageError(f"{package}: {file} is missing; package the model again")
-        if _digest(package / file) != digest:
+        if sha256(package / file) != digest:
             raise PackageError(f"{package}: {file} changed after packaging; package the model again")
 
 

@@ -4,6 +4,7 @@ Imports nothing of Ingot's. Every installed distribution outside the closure of 
 and Ingot itself too: what loads here loads in an environment built from requirements.txt.
 """
 
+import importlib
 import importlib.metadata
 import json
 import re
@@ -81,7 +82,14 @@ def main(request_file: str, response_file: str) -> None:
     model = mlflow.pyfunc.load_model(str(package))
     # One call, as when the expected answers were made: another batch would differ by float noise.
     rows = model.predict(request["examples"]).to_dict("records")
-    Path(response_file).write_text(json.dumps({"rows": rows, "hidden": sorted(hidden)}), encoding="utf-8")
+    response = {"rows": rows, "hidden": sorted(hidden)}
+    if request["logits"]:
+        # MLflow hands out what a loader module made by no public name.
+        packaged = model._model_impl
+        runtime_package = type(packaged).__module__.rpartition(".")[0]
+        probing = importlib.import_module(f"{runtime_package}.probing")
+        response["logits"] = probing.probe(packaged.runtime, request["examples"])
+    Path(response_file).write_text(json.dumps(response), encoding="utf-8")
 
 
 if __name__ == "__main__":

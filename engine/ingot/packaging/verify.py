@@ -1,12 +1,14 @@
 """Proof that a package answers elsewhere as the model did here: a clean process loads it and repeats the examples."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,61 +17,121 @@ from ingot.packaging.bundle import check_manifest
 
 CHILD = Path(__file__).with_name("clean_process.py")
 LAST_LINES = 15
+RELATIVE, ABSOLUTE = 1e-4, 1e-5  # of numbers that two processes compute
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared. `answers` are the texts or labels that the clean process gave."""
+    """What was compared. `answers` are the records that the clean process gave. `difference`: how far its logits are
+    apart from the expected ones, as a share of the largest; None where answers were compared.
+    """
 
     examples: int
-    answers: list[str]
+    answers: list[dict[str, Any]]
     hidden_modules: int
     seconds: float
+    difference: float | None = None
+    tolerance: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Near:
+    """What a form that computes otherwise is held against: `logits` [example, value] of the model that it was made
+    from (`ingot.model.probing.probe`), of which the largest may be missed by the share `tolerance`.
+    """
+
+    logits: list[list[float]]
+    tolerance: float
+
+
 def verify_package(
-    package: Path, examples: list[dict[str, Any]], expected: list[str], *, timeout_s: float = 600.0
+    package: Path,
+    examples: list[dict[str, Any]],
+    expected: list[dict[str, Any]],
+    *,
+    near: Near | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 600.0,
 ) -> Verification:
-    """Load `package` in a clean process, answer `examples` ({input_string}, {messages} or {text} each) with its default
-    settings, and compare with `expected` (texts or labels). Raises `PackageError` with the first difference.
+    """Load `package` in a clean process, answer `examples` (rows of its task, all with the same columns) with its
+    default settings, and compare with the `expected` records; with `near` compare logits instead. `env`: variables
+    that the process gets, such as where an adapter's base lies. Raises `PackageError` with the first difference.
     """
     if not examples or len(examples) != len(expected):
         raise PackageError(
             f"verification needs as many expected answers as examples, got {len(expected)} and {len(examples)}"
         )
     if len({tuple(sorted(example)) for example in examples}) != 1:
-        raise PackageError("verification needs examples of one form: all input_string, all messages, or all text")
+        raise PackageError("verification needs examples of one form: the same columns in each")
     check_manifest(package)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ingot-verify-") as place:
-        response = _run(package.resolve(), examples, Path(place), timeout_s)
-    answers = [row.get("output_string", row.get("label")) for row in response["rows"]]
+        response = _run(package.resolve(), examples, Path(place), timeout_s, env or {}, near is not None)
+    answers = response["rows"]
+    if len(answers) != len(examples):
+        raise PackageError(f"the packaged model gave {len(answers)} answers to {len(examples)} examples")
+    done = Verification(len(examples), answers, len(response["hidden"]), round(time.perf_counter() - started, 3))
+    if near is not None:
+        return replace(done, difference=_apart(near, response["logits"]), tolerance=near.tolerance)
     for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True)):
-        if answer != wanted:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(answer, wanted, strict=False)) if a != b),
-                min(len(answer), len(wanted)),
-            )
-            raise PackageError(
-                f"the packaged model answers example {index} differently from character {at} on: expected "
-                f"{wanted[max(0, at - 20) : at + 40]!r}, got {answer[max(0, at - 20) : at + 40]!r}"
-            )
-    return Verification(len(examples), answers, len(response["hidden"]), round(time.perf_counter() - started, 3))
+        if difference := _difference(answer, wanted):
+            raise PackageError(f"the packaged model answers example {index} differently {difference}")
+    return done
+
+
+def _apart(near: Near, logits: list[list[float]]) -> float:
+    """The worst row's max|got - wanted| / max|wanted|. Raises PackageError over the tolerance."""
+    worst = 0.0
+    for wanted, got in zip(near.logits, logits, strict=True):
+        gap = max(abs(a - b) for a, b in zip(wanted, got, strict=True)) / max(1e-6, *map(abs, wanted))
+        worst = max(worst, gap) if gap == gap else gap  # NaN stays
+    if not worst <= near.tolerance:
+        raise PackageError(
+            f"the packaged model's logits are {worst:.2g} of their size away from those of the model that it was made "
+            f"from (at most {near.tolerance:g})"
+        )
+    return worst
 
 
 def _columns(example: dict[str, Any]) -> dict[str, Any]:
-    messages = example.get("messages")
-    return {"messages": json.dumps(messages)} if isinstance(messages, list) else example
+    return {key: json.dumps(value) if isinstance(value, list) else value for key, value in example.items()}
 
 
-def _run(package: Path, examples: list[dict[str, Any]], place: Path, timeout_s: float) -> dict[str, Any]:
+def _difference(answer: Any, wanted: Any, where: str = "") -> str | None:
+    """Where two records differ, in words; None: they are equal, numbers but for float noise."""
+    at = f"at {where}: " if where else ""
+    if isinstance(wanted, str) and isinstance(answer, str) and answer != wanted:
+        place = next((i for i, (a, b) in enumerate(zip(answer, wanted, strict=False)) if a != b), None)
+        place = min(len(answer), len(wanted)) if place is None else place
+        shown = (text[max(0, place - 20) : place + 40] for text in (wanted, answer))
+        expected, got = map(repr, shown)
+        return f"{at}from character {place} on: expected {expected}, got {got}"
+    if isinstance(wanted, dict) and isinstance(answer, dict) and answer.keys() == wanted.keys():
+        pairs = [(answer[key], wanted[key], f"{where}.{key}".strip(".")) for key in wanted]
+    elif isinstance(wanted, list) and isinstance(answer, list) and len(answer) == len(wanted):
+        pairs = [(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(answer, wanted, strict=True))]
+    elif isinstance(wanted, float) and isinstance(answer, float | int):
+        equal = math.isclose(answer, wanted, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+        return None if equal else f"{at}expected {wanted:g}, got {answer:g}"
+    else:
+        return None if answer == wanted else f"{at}expected {_short(wanted)}, got {_short(answer)}"
+    return next((found for a, b, place in pairs if (found := _difference(a, b, place))), None)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]
+
+
+def _run(
+    package: Path, examples: list[dict[str, Any]], place: Path, timeout_s: float, env: Mapping[str, str], logits: bool
+) -> dict[str, Any]:
     request, response = place / "request.json", place / "response.json"
     rows = [_columns(example) for example in examples]
-    request.write_text(json.dumps({"package": str(package), "examples": rows}), encoding="utf-8")
+    request.write_text(json.dumps({"package": str(package), "examples": rows, "logits": logits}), encoding="utf-8")
     inherited = {
         key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MLFLOW_", "HF_", "INGOT_"))
     }
@@ -80,7 +142,7 @@ def _run(package: Path, examples: list[dict[str, Any]], place: Path, timeout_s: 
         done = subprocess.run(
             command,
             cwd=place,
-            env=inherited | offline,
+            env=inherited | offline | dict(env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from ingot.recipe import Parallel
 
 # Within a step, phases follow in this order; forward and backward take turns, a microbatch at a time.
-ORDER = {"start": 0, "data": 1, "forward": 2, "backward": 2, "communication": 3, "step": 4, "validation": 5}
-LAST = 6  # checkpoint, and what a later loop may add
+ORDER = {
+    "start": 0,
+    "data": 1,
+    "forward": 2,
+    "backward": 2,
+    "communication": 3,
+    "step": 4,
+    "validation": 5,
+    "evaluation": 6,
+}
+LAST = 7  # checkpoint, and what a later loop may add
 SHOWN_RANKS = 8
 BEAT_BYTES = 1024
 _SPECIAL = re.compile(r"[^ !#-\[\]-~]+")  # what JSON writes longer
@@ -75,6 +84,7 @@ def collectives(section: Parallel, *, cuda: bool) -> dict[str, str]:
         "start": "start (first exchange of parameters)",
         "communication": "sum of the losses (all-reduce)",
         "validation": "sum of the validation loss (all-reduce)",
+        "evaluation": "sharing of answers (all-gather)",
         "checkpoint": "agreement on the checkpoint (all-gather)",
     }
     if strategy != "none":

@@ -60,6 +60,27 @@ class FullySharded(Sharded):
             self._root.reshard()
         return output
 
+    @property
+    def answering(self) -> tuple[int, int]:
+        """One group: blocks are gathered from all ranks whenever they run."""
+        return 0, 1
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[nn.Module]:
+        """What the root holds (embeddings, head) is whole inside, blocks while they run: so parts of the model can be
+        called by themselves.
+        """
+        # Of torch 2.13's internals: without it the first block that runs would take itself for the root.
+        self._root._get_fsdp_state()._lazy_init()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the gathering's own stream does not wait for the last update
+        self._root.unshard()
+        try:
+            with super().at_rest() as inner:
+                yield inner
+        finally:
+            self._root.reshard()
+
     @contextlib.contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         """Gradients of adapters travel on the `last` microbatch; others at each one, across copies on the last."""

@@ -5,10 +5,12 @@
 
 import contextlib
 import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,6 +53,61 @@ class Sharded:
         with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             # Without gradients ranks may forward different numbers of batches, which DDP would wait for.
             return (self.wrapped if torch.is_grad_enabled() or self.even else self.plain)(**inputs)
+
+    @property
+    def answering(self) -> tuple[int, int]:
+        """(the group of this rank, number of groups): ranks of a group must run the same batches in `at_rest`, groups
+        may run different ones.
+        """
+        return self.layout.ranks.rank // self.layout.tensor, self.layout.loss_parts
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[nn.Module]:
+        """The model inside of adapters and strategies, in evaluation mode, to be called by any of its methods between
+        two steps; nothing that training reads is another one afterwards.
+
+        Gradients are off, and callees must not take `torch.inference_mode` instead: tensors of that mode may stay in
+        buffers that the next step writes to. Compiled blocks run as they are written: other shapes would use up the
+        number of recompilations.
+        """
+        modes = {module: module.training for module in self.plain.modules()}
+        compiled = any(module._compiled_call_impl is not None for module in modes)
+        stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+        unwrap: Any = getattr(self.plain, "get_base_model", lambda: self.plain)
+        inner: nn.Module = unwrap()
+        low = self.compute_dtype != torch.float32
+        # Without a cache of casts, which would hold a copy of every trained weight while the block runs.
+        casts = torch.autocast(self.device.type, self.compute_dtype, enabled=low, cache_enabled=False)
+        devices = [self.device] if self.device.type == "cuda" else []
+        drawn = random.getstate()
+        hook = self._agreed(inner)
+        try:
+            with torch.random.fork_rng(devices), stance, torch.no_grad(), casts:
+                self.plain.eval()
+                yield inner
+        finally:
+            hook.remove()
+            random.setstate(drawn)
+            for module, training in modes.items():
+                module.training = training
+
+    def _agreed(self, inner: nn.Module) -> Any:
+        """A hook that gives all ranks of a group the next token's logits of its first one: a rank that ended a text a
+        token earlier than the others would leave them waiting.
+        """
+        number, groups = self.answering
+        world = self.layout.ranks.world
+        alone = groups == world
+        group = None if groups == 1 or alone else self.layout.grid.get_group("tensor")  # type: ignore[union-attr]
+
+        def agree(_module: nn.Module, _args: Any, output: Any) -> None:
+            logits = getattr(output, "logits", None)
+            if not alone and isinstance(logits, Tensor) and logits.ndim == 3:
+                last_BV = logits[:, -1].contiguous()
+                dist.broadcast(last_BV, src=number * (world // groups), group=group)
+                logits[:, -1] = last_BV
+
+        return inner.register_forward_hook(agree)
 
     @contextlib.contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:

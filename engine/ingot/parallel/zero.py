@@ -225,6 +225,11 @@ class Zero(Sharded):
         name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         return getattr(self._zero, name)
 
+    @property
+    def answering(self) -> tuple[int, int]:
+        """One group in stage 3: parameters are gathered from all ranks whenever they are used."""
+        return (0, 1) if self.stage == 3 else super().answering
+
     @contextlib.contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         """Context for forward and backward of one microbatch; `last` completes the step's gradient."""

@@ -1,14 +1,28 @@
-"""The endpoint: OpenAI's and MLflow's routes over one packaged model."""
+"""The endpoint: OpenAI's, MLflow's and other routes over served models. Nothing heavy is imported before it is used:
+the supervisor lives here too.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from ingot.errors import MissingPackage
 
-try:
-    import fastapi  # noqa: F401
-    import uvicorn  # noqa: F401
-except ModuleNotFoundError as error:
-    raise MissingPackage(str(error.name), "serving") from error
+if TYPE_CHECKING:
+    from ingot.serving.app import create_app as create_app
+    from ingot.serving.fleet import find_model_folder as find_model_folder
+    from ingot.serving.server import Endpoint as Endpoint
+    from ingot.serving.server import serve as serve
 
-from ingot.serving.app import create_app
-from ingot.serving.server import Endpoint, find_model_folder, serve
+for _package in ("fastapi", "uvicorn"):
+    if find_spec(_package) is None:
+        raise MissingPackage(_package, "serving")
 
+PLACES = {"Endpoint": "server", "create_app": "app", "find_model_folder": "fleet", "serve": "server"}
 __all__ = ["Endpoint", "create_app", "find_model_folder", "serve"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in PLACES:
+        return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

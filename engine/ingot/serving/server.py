@@ -1,16 +1,16 @@
 """Starting and stopping the endpoint: finding the model, the address, the process's signals."""
 
-import errno
-import ipaddress
 import json
+import logging
 import os
 import signal
-import socket
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -18,125 +18,179 @@ from typing import Any, Self
 import uvicorn
 
 from ingot.errors import ServeError
-from ingot.model.runtime import Runtime
-from ingot.serving.app import create_app
+from ingot.model.runtime import WRITING
+from ingot.serving.app import WARM_UP_S, create_app
+from ingot.serving.channel import Parent
+from ingot.serving.deployments import Deployed, Deployments
+from ingot.serving.engine import Limits
+from ingot.serving.fleet import Fleet, Target, deploy
+from ingot.serving.gate import MAX_BODY_BYTES, Rules
+from ingot.serving.keys import KEY_VARIABLE, Keyring
+from ingot.serving.listening import bind, keyring, url_of
+from ingot.serving.logs import Format, write_logs
+from ingot.serving.metrics import Metrics
+from ingot.serving.replay import Stored
 
-KEY_VARIABLE = "INGOT_API_KEY"
 START_TIMEOUT_S = 60.0
+UNWELL_S = 60.0  # without a model at work behind a name: then the process has to be started again
+LOOK_S = 1.0
+END_S = 25.0  # to leave engines and connections behind that do not end by themselves
+log = logging.getLogger("ingot.serve")
 
 
-def find_model_folder(target: Path) -> Path:
-    """A package, a run folder (its package, else its merged model) or a Hugging Face folder -> the latter."""
-    candidates = [target, target / "model", target / "package" / "model", *sorted(target.glob("package/*/model"))]
-    # A run folder has both: the package is what was verified.
-    for folder in [*candidates[2:], *candidates[:2]]:
-        if (folder / "config.json").is_file():
-            return folder
-    what = "no such folder" if not target.exists() else "holds no packaged model, no model/ and no config.json"
-    raise ServeError("target", str(target), f"{what}; give a package, a run folder or a Hugging Face folder")
+@dataclass(frozen=True)
+class Options:
+    """How a model is served. Limits in a minute are for each key that has none of its own. `drain_s`: what runs has so
+    long to end after SIGTERM; `deadline_s`: every request, which may ask for less.
+    """
 
-
-def _name(target: Path) -> str:
-    """The model's public name: as its package says, else the folder's."""
-    for package in (target, target.parent):
-        if (package / "MLmodel").is_file():
-            import yaml
-
-            metadata = yaml.safe_load((package / "MLmodel").read_text(encoding="utf-8")).get("metadata") or {}
-            return str(metadata.get("name") or package.name)
-    return target.resolve().name
-
-
-def _load(target: Path) -> tuple[Runtime, str]:
-    folder = find_model_folder(target)
-    try:
-        runtime = Runtime.load(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ServeError("target", str(target), f"the model in {folder} does not load: {error}") from error
-    return runtime, _name(folder.parent if folder.name == "model" else folder)
-
-
-def _api_key(host: str) -> str | None:
-    """The key from the environment; an address that others can reach needs one."""
-    key = os.environ.get(KEY_VARIABLE) or None
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and key is None:
-        fix = (
-            f"others could reach this address: set {KEY_VARIABLE} to a secret that callers must send, or use 127.0.0.1"
-        )
-        raise ServeError("serve.host", host, fix)
-    return key
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a taken port is known before the model is loaded. Port 0: any free one."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise ServeError("serve.host", host, "is not an address of this machine") from error
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            fix = "another program listens there; stop it, choose another port, or use 0 for a free one"
-            raise ServeError("serve.port", port, fix) from error
-        if error.errno == errno.EACCES:
-            raise ServeError("serve.port", port, "needs administrator rights; choose a port above 1023") from error
-        raise ServeError("serve.host", host, "is not an address of this machine") from error
-    return listener
+    limits: Limits = field(default_factory=Limits)
+    keys: Path | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    deadline_s: float | None = 600.0
+    drain_s: float = 30.0
+    max_body_bytes: int = MAX_BODY_BYTES
+    log_format: Format = "text"
+    admin_key: str | None = field(default=None, repr=False)
 
 
 def check_address(host: str, port: int) -> None:
     """Raise `ServeError` now for an address that could not be served later."""
-    _api_key(host)
-    _bind(host, port).close()
+    keyring(host)
+    bind(host, port).close()
 
 
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+class DrainingServer(uvicorn.Server):
+    """After the first signal to stop, what runs may end within `drain_s`, while new requests and /ready are answered
+    503; a second signal stops it after its running token.
+    """
+
+    def __init__(self, config: uvicorn.Config, deployments: Deployments, drain_s: float) -> None:
+        super().__init__(config)
+        self._deployments, self.drain_s = deployments, drain_s
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self.should_exit or bool(self._captured_signals)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain, or end."""
+        drain_s = 0.0 if self._captured_signals else self.drain_s
+        self._captured_signals.append(sig)
+        threading.Thread(target=self._drain, args=(drain_s,), name="ingot-drain", daemon=True).start()
+
+    def _drain(self, drain_s: float) -> None:
+        running = sum(one.engine.load().running for one, _ in self._deployments.each())
+        log.info("stopping", extra={"fields": {"running": running, "drain_seconds": drain_s}})
+        self._deployments.close(drain_s)
+        self.should_exit = True
 
 
-def _server(runtime: Runtime, name: str, key: str | None) -> uvicorn.Server:
-    app = create_app(runtime, name, api_key=key)
-    # Access lines would hold nothing that a proxy does not log better; errors still go to stderr.
+def end_when_unwell(server: DrainingServer, deployments: Deployments) -> None:
+    """Return once `server` stops; end the process where a model does not work any more (a device that has failed, a
+    pass that hangs) and does not recover: nothing in here can mend that, and a supervisor starts it again.
+    """
+    well = time.monotonic()
+    while not server.stopping and time.monotonic() - well < UNWELL_S:
+        time.sleep(LOOK_S)
+        well = time.monotonic() if deployments.working else well
+    if server.stopping:
+        return
+    log.error("a model has not worked for %g s: this process ends, to be started again", UNWELL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(server.drain_s + END_S)
+    os._exit(1)  # a thread that hangs cannot be joined
+
+
+def make_server(
+    deployments: Deployments,
+    ring: Keyring,
+    metrics: Metrics,
+    options: Options,
+    stored: Mapping[Deployed, Sequence[Stored]] | None = None,
+    started: Callable[[], None] | None = None,
+) -> DrainingServer:
+    """A server over engines that have been started; `stored` and `started` as `create_app` takes them."""
+    minute = options.requests_per_minute, options.tokens_per_minute
+    rules = Rules(ring, *minute, options.deadline_s, options.max_body_bytes, local=ring.open)
     config = uvicorn.Config(
-        app,
+        create_app(
+            deployments, rules=rules, metrics=metrics, admin_key=options.admin_key, stored=stored, started=started
+        ),
         log_level="warning",
-        access_log=False,
+        access_log=False,  # the gate writes a line a request
         timeout_graceful_shutdown=10,
         server_header=False,
         # uvicorn's own configuration closes every log handler of the process, and with absl's handler its stream.
         log_config=None,
     )
-    return uvicorn.Server(config)
+    return DrainingServer(config, deployments, options.drain_s)
 
 
-def serve(target: Path, host: str = "127.0.0.1", port: int = 0, *, announce: Callable[[str], None] = print) -> None:
-    """Answer until Ctrl-C or SIGTERM, then finish and return. `announce` gets the URL. Raises `ServeError`."""
+def _start(
+    fleet: Fleet, ring: Keyring, options: Options, started: Callable[[], None] | None = None
+) -> tuple[DrainingServer, Deployments]:
+    """A server whose models have answered. Raises ServeError."""
+    metrics = Metrics()
+    deployments, stored = deploy(fleet, options.limits, metrics.of)
+    deployments.wait_ready(WARM_UP_S)
+    if not deployments.working:
+        deployments.close()
+        given = [str(target.folder) for target in (*fleet.models, *fleet.versions.values())]
+        raise ServeError("MODEL", ", ".join(given), "the model loads, but does not answer; the log says why")
+    return make_server(deployments, ring, metrics, options, stored, started), deployments
+
+
+def serve(
+    target: Path | Fleet,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    options: Options | None = None,
+    parent: Parent | None = None,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Answer until Ctrl-C or SIGTERM, then finish and return. `announce` gets the URL. `parent`: the supervisor, whose
+    address it is. Raises `ServeError`.
+    """
 
     def stop(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    key = _api_key(host)
-    listener = _bind(host, port)
+    options = options or Options()
+    ring, listener = keyring(host, options.keys), bind(host, port) if parent is None else parent.listener
+    handler = write_logs(options.log_format)
     # uvicorn ends its connections first and then repeats the signal to this handler.
     before = signal.signal(signal.SIGTERM, stop)
+    interval = sys.getswitchinterval()
+    # The model's thread asks for the interpreter after each of its operations: at 5 ms, Python's own, each request
+    # that is being read would hold it up for as long.
+    sys.setswitchinterval(0.0005)
     try:
-        runtime, name = _load(target)
-        server = _server(runtime, name, key)
-        announce(f"{name} at {_url(listener)}")
+        fleet = target if isinstance(target, Fleet) else Fleet((Target(target),))
+
+        def started() -> None:
+            if parent is not None:
+                parent.ready()
+                tell()
+
+        def tell() -> None:
+            announce(f"{', '.join(one.name for one in deployments.all())} at {url_of(listener)}")
+
+        server, deployments = _start(fleet, ring, options, started)
+        if parent is None:
+            tell()
+        else:
+            threading.Thread(target=end_when_unwell, args=(server, deployments), daemon=True).start()
         server.run(sockets=[listener])
     except KeyboardInterrupt:
         announce("stopped")
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.setswitchinterval(interval)
+        log.removeHandler(handler)
         listener.close()
 
 
@@ -147,15 +201,15 @@ class Endpoint:
         self.target, self.host, self.port = target, host, port
 
     def __enter__(self) -> Self:
-        self._key = _api_key(self.host)
-        self._listener = _bind(self.host, self.port)
+        self._key, ring = os.environ.get(KEY_VARIABLE) or None, keyring(self.host)
+        self._listener = bind(self.host, self.port)
         try:
-            self._runtime, self.name = _load(self.target)
-            self._server = _server(self._runtime, self.name, self._key)
+            self._server, deployments = _start(Fleet((Target(self.target),)), ring, Options())
+            self._runtime, self.name = deployments.all()[0].engine.runtime, deployments.all()[0].name
         except BaseException:
             self._listener.close()
             raise
-        self.url = _url(self._listener)
+        self.url = url_of(self._listener)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
         self._thread.start()
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -173,10 +227,16 @@ class Endpoint:
         self._thread.join(30.0)
         self._listener.close()
 
-    def ask(self, question: str | list[dict[str, Any]], **params: Any) -> str:
-        """One question over HTTP -> the text, or the label. `params` as the route takes them (max_tokens, stop ...)."""
-        if self._runtime.task == "text-classification":
-            return str(self._post("/invocations", {"text": question} | params)["predictions"][0]["label"])
+    def ask(self, question: str | list[dict[str, Any]] | dict[str, Any], **params: Any) -> str:
+        """One question over HTTP -> the text, or the first column of the answer. A mapping is a row of the task.
+        `params` as the route takes them (max_tokens, stop ...).
+        """
+        if self._runtime.task not in WRITING:
+            row = question if isinstance(question, dict) else {"": question}
+            body = {"dataframe_records": [row]} | ({"params": params} if params else {})
+            found = next(iter(self._post("/invocations", body)["predictions"][0].values()))
+            return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+        question = next(iter(question.values())) if isinstance(question, dict) else question
         if self._runtime.task == "chat-completion":
             messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
             answer = self._post("/v1/chat/completions", {"messages": messages} | params)

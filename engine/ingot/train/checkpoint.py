@@ -24,6 +24,7 @@ from ingot.errors import CheckpointError
 from ingot.parallel.sharded import OPTIMIZER, Sharded
 from ingot.ranks import Ranks, on_main
 from ingot.train import manifest, shards
+from ingot.train.watch import VALIDATION_LOSS, Measured
 
 Value = TypeVar("Value")
 
@@ -44,20 +45,44 @@ class Progress:
     spikes: int = 0
     recent_losses: tuple[float, ...] = ()
     validation_loss: float | None = None
-    best_step: int | None = None
     best_loss: float | None = None
+    """The lowest validation loss."""
+    measured: tuple[Measured, ...] = ()
+    """Metrics so far, by step; the base model's are step 0."""
+    best_by: str = VALIDATION_LOSS
+    higher_is_better: bool = False
+    judged: float | None = None
+    """What `best_by` names, at this step."""
+    best_step: int | None = None
+    best_value: float | None = None
 
     def watched(self, loss: float) -> "Progress":
         """With the validation loss of this step."""
-        if self.best_loss is None or loss < self.best_loss:
-            return replace(self, validation_loss=loss, best_loss=loss, best_step=self.step)
-        return replace(self, validation_loss=loss)
+        lowest = loss if self.best_loss is None else min(loss, self.best_loss)
+        found = replace(self, validation_loss=loss, best_loss=lowest)
+        return found._judged(loss) if self.best_by == VALIDATION_LOSS else found
+
+    def with_scores(self, point: Measured) -> "Progress":
+        """With the metrics of this step. The base model, step 0, is no candidate: it has no checkpoint."""
+        found = replace(self, measured=(*self.measured, point))
+        return found._judged(point.scores[self.best_by].value) if self.step and self.best_by in point.scores else found
+
+    def _judged(self, value: float) -> "Progress":
+        """Of equal steps the first is the best."""
+        best = self.best_value
+        if best is None or (value > best if self.higher_is_better else value < best):
+            return replace(self, judged=value, best_value=value, best_step=self.step)
+        return replace(self, judged=value)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """What `asdict` and JSON made of one."""
-        values = values | {"cursor": Cursor(**values["cursor"]), "recent_losses": tuple(values["recent_losses"])}
-        return cls(**values)
+        made = {
+            "cursor": Cursor(**values["cursor"]),
+            "recent_losses": tuple(values["recent_losses"]),
+            "measured": tuple(map(Measured.from_json, values["measured"])),
+        }
+        return cls(**(values | made))
 
 
 class Checkpoints:
@@ -183,18 +208,21 @@ class Checkpoints:
             return (
                 f"the last checkpoint in {self.folder} is damaged ({found}); --resume trains again from the one before"
             )
-        losses = {}
+        judged = {}
+        best_by, pick = VALIDATION_LOSS, min
         for path in published(self.folder):
             with contextlib.suppress(CheckpointError):
-                loss = manifest.read(path)["progress"]["validation_loss"]
-                if path.name not in damaged and loss is not None:
-                    losses[path.name] = loss
+                progress = manifest.read(path)["progress"]
+                if path.name not in damaged and progress["judged"] is not None:
+                    judged[path.name] = progress["judged"]
+                    best_by, pick = progress["best_by"], max if progress["higher_is_better"] else min
         message = f"the checkpoint {self.folder / name} cannot be loaded ({found}), and no other was put in its place. "
-        if not losses:
+        if not judged:
             return f"{message}No other one was validated; start a new run"
-        other = min(losses, key=losses.__getitem__)
+        other = pick(judged, key=judged.__getitem__)
         link = f"ln -sfn {other} {self.folder / name}"
-        return f"{message}The next best is {other} (validation loss {losses[other]:.4g}): {link}, then --resume"
+        what = best_by.replace("validation_loss", "validation loss")
+        return f"{message}The next best is {other} ({what} {judged[other]:.4g}): {link}, then --resume"
 
     def _inspect(self, path: Path) -> tuple[Progress | None, str]:
         """(progress, what is wrong with the files: "" for nothing); the same on every rank. Raises CheckpointError for

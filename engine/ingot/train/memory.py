@@ -150,6 +150,8 @@ def _grown(failure: Failure, largest: Load) -> str:
         return "the optimizer state grew: its moments are made in the first step and stay"
     if failure.phase == "validation":
         return "activations of a validation batch grew"
+    if failure.phase == "evaluation":
+        return "keys and values of rows that are measured beside training grew"
     rows = f"{load.rows} rows, the longest {load.longest:,}" if load.rows > 1 else "one row"
     here = f"this microbatch has {load.tokens:,} tokens ({rows}; {load.targets:,} targets)"
     if not largest.tokens:
@@ -174,7 +176,10 @@ def _grown(failure: Failure, largest: Load) -> str:
 def _levers(failure: Failure, recipe: Recipe, budget: int, world: int) -> Iterator[str]:
     """What to change, the cheapest first, with what it is now."""
     train, parallel = recipe.train, recipe.parallel
-    if failure.phase != "step":
+    if failure.phase == "evaluation":
+        tokens = recipe.evaluate.tokens_per_batch
+        yield f"evaluate.tokens_per_batch={max(1, tokens // 2)} (now {tokens}): the same answers, a little slower"
+    elif failure.phase != "step":
         smaller = max(budget // 2, recipe.data.pack_tokens or recipe.data.max_tokens)
         if smaller < budget:
             yield f"train.tokens_per_microbatch={smaller} (now {budget}): the same result, a little slower"

@@ -11,7 +11,7 @@ What a step's seconds are called, and what is in them:
 - `optimizer`: the norm, clipping, the update.
 - `other`: the rest: going back to a checkpoint, a step that ran out of memory.
 
-Validation and checkpoints are between steps and not in their seconds.
+Validation, evaluation and checkpoints are between steps and not in their seconds.
 
 Measuring costs the host 60 microseconds a step and 16 a microbatch (one core of a shared x86-64 machine, torch 2.13):
 0.02 % of a step of half a second.
@@ -45,7 +45,7 @@ SPLIT = {
     "communication": "communication_exposed",
     "step": "optimizer",
 }
-BETWEEN_STEPS = ("validation", "checkpoint")
+BETWEEN_STEPS = ("validation", "evaluation", "checkpoint")
 
 
 class Clock(Protocol):
@@ -110,10 +110,11 @@ class _Spans:
 
 @dataclass
 class Meter:
-    """Counts tokens over wall time; paused while something other than training runs (validation, checkpoints).
+    """Counts tokens over wall time; paused while something other than training runs (validation, evaluation,
+    checkpoints).
 
     `on_phase` hears of every phase that begins: "data", "forward", "backward", "communication", "step", "validation",
-    "checkpoint".
+    "evaluation" (the metrics of tasks), "checkpoint".
     """
 
     on_phase: Callable[[str], None] = lambda name: None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ingot.data.loader import IGNORE, Batch
 from ingot.data.plan import Divisor
-from ingot.model.load import knows_segments, logits_of
+from ingot.model.kinds import knows_segments, logits_of
 from ingot.parallel.sharded import Sharded
 from ingot.recipe import Objective
 from ingot.train.forward import cross_entropy, inputs_of

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ingot.data.loader import IGNORE, Batch
 from ingot.data.plan import Divisor
-from ingot.model.load import logits_of
+from ingot.model.kinds import logits_of
 from ingot.parallel.sharded import Sharded
 from ingot.recipe import Objective
 from ingot.train.forward import cross_entropy, inputs_of, moved

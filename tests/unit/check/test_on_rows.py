@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 import ingot.data.labels as labels
 import ingot.data.spans as spans
+import ingot.model.inputs as inputs
 from ingot.check.verdict import Status
 
 NAMES = ["Beyoncé Knowles", "São Paulo", "1924-25", "Zürich's", "“quoted” text"]
@@ -71,9 +72,9 @@ def test_an_answer_that_is_off_by_one(on_rows, failed, uncased, monkeypatch, by)
 
 
 def test_tags_beside_their_words(on_rows, failed, uncased, monkeypatch):
-    original = labels._places
+    original = inputs._places
     moved = lambda *args: [None if place is None else place + 1 for place in original(*args)]  # noqa: E731
-    monkeypatch.setattr(labels, "_places", moved)
+    monkeypatch.setattr(inputs, "_places", moved)
     assert failed(on_rows(sentences(), uncased, **TAGGED)) == ["right-labels"]
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from ingot.data.encoded import IGNORE
 from ingot.data.labeled import Labeled, MultiLabeled, Tagged
-from ingot.data.labels import collate_tagged, first_tokens
+from ingot.data.labels import collate_tagged
 from ingot.data.template import encode, encode_all
 from ingot.errors import DataError
+from ingot.model.inputs import first_tokens, spans_of
 from ingot.recipe import Data, Objective
 
 ONE, SEVERAL, TAGS = (
@@ -76,7 +77,9 @@ def test_the_first_token_of_a_word_carries_its_tag(trim: bool, make_tokenizer: A
 def test_words_that_are_cut_off_or_vanish_have_no_place() -> None:
     tokenizer = bert_tokenizer()
     rows = [sentence("one", "\u200b\ufeff"[:1], "two"), sentence("one", "two", "three", "four")]
-    (ids, places, cut), (_, short, was_cut) = first_tokens(rows, tokenizer, Data(train="f", max_tokens=4))
+    (ids, places, cut), (_, short, was_cut) = first_tokens(
+        [row.text for row in rows], [spans_of(row.words) for row in rows], tokenizer, 4
+    )
     assert tokens_at(tokenizer, ids, places) == ["one", None, "two"]
     assert not cut
     assert short == [1, 2, None, None]

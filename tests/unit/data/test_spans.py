@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from ingot.data.labeled import Asked
-from ingot.data.spans import collate_asked, windows_of
+from ingot.data.spans import collate_asked
 from ingot.data.template import encode, encode_all
+from ingot.model.inputs import windows_of
 from ingot.recipe import Data, Objective
 
 POINT = Objective(task="question-answering")
@@ -50,7 +51,7 @@ def test_no_answer_is_the_first_token(tiny_tokenizer: Any) -> None:
 def test_a_long_context_lies_in_windows_that_overlap(tiny_tokenizer: Any) -> None:
     question = len(tiny_tokenizer(QUESTION)["input_ids"])
     data = Data(train="f", max_tokens=question + 8, overlap_tokens=3)
-    [windows] = windows_of([asked()], tiny_tokenizer, data)
+    [windows] = windows_of([(QUESTION, CONTEXT)], tiny_tokenizer, question + 8, 3)
     assert len(windows) > 2
     assert all(len(window.ids) <= data.max_tokens for window in windows)
     parts = [window.ids[question:] for window in windows]
@@ -75,7 +76,7 @@ def test_a_question_that_fills_the_window(tiny_tokenizer: Any) -> None:
     rows, report = encode_all([asked()], tiny_tokenizer, Data(train="f", max_tokens=words), POINT, ())
     assert (rows, report.count, report.truncated) == ([], 1, 1)
     # Less room than the overlap: neighbours share half of it, and every token is in some window.
-    [windows] = windows_of([asked()], tiny_tokenizer, Data(train="f", max_tokens=words + 4, overlap_tokens=64))
+    [windows] = windows_of([(QUESTION, CONTEXT)], tiny_tokenizer, words + 4, 64)
     seen = {span for window in windows for span in window.spans if span is not None}
     assert len(seen) == len(tiny_tokenizer(CONTEXT)["input_ids"])
 

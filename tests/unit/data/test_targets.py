@@ -7,9 +7,10 @@ from transformers import MBartTokenizer, NllbTokenizer, T5Tokenizer
 from ingot.data.conversation import SourceTarget
 from ingot.data.inspect import segments
 from ingot.data.loader import IGNORE, muted
-from ingot.data.targets import collate_targets, first_of_target, source_ids, source_targets
+from ingot.data.targets import collate_targets, source_targets
 from ingot.data.template import encode_all
 from ingot.errors import ModelError
+from ingot.model.inputs import first_of_target, source_ids
 from ingot.recipe import Data, Objective
 
 WORDS = "the a man dog runs sees big red".split()

@@ -212,8 +212,8 @@ def test_what_people_and_endpoints_are_shown():
     turns = (Message("system", "Be brief."), Message("user", "hi"), Message("assistant", "one"), Message("user", "bye"))
     conversation = Conversation((*turns, Message("assistant", "two")))
     assert prompt_text(conversation) == "bye"
-    assert request_of(conversation) == {"messages": [turn.as_dict() for turn in turns]}
+    assert request_of(conversation, "chat-completion") == {"messages": [turn.as_dict() for turn in turns]}
     assert prompt_text(PromptCompletion("a ", "b")) == "a"
-    assert request_of(PromptCompletion("a", "b")) == {"input_string": "a"}
-    assert request_of(Labeled("a", "b")) == {"text": "a"}
-    assert request_of(Document("1 2 3 4 5 6 7 8 9")) == {"input_string": "1 2 3 4 5 6 7 8"}
+    assert request_of(PromptCompletion("a", "b"), "text-generation") == {"input_string": "a"}
+    assert request_of(Labeled("a", "b"), "text-classification") == {"text": "a"}
+    assert request_of(Document("1 2 3 4 5 6 7 8 9"), "language-modeling") == {"input_string": "1 2 3 4 5 6 7 8"}

@@ -12,7 +12,19 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score
 
 from ingot.errors import IngotError, RecipeError
-from ingot.evaluation.metrics import METRICS, OF_TASK, finite, metric_names, parse_object
+from ingot.evaluation.judge_metrics import JUDGED
+from ingot.evaluation.metrics import (
+    DEFAULTS,
+    METRICS,
+    OF_TASK,
+    canonical,
+    finite,
+    metric_names,
+    parse_object,
+    statistic_of,
+)
+from ingot.evaluation.statistics import interval
+from ingot.evaluation.vocabulary import ALIASES, ALIASES_OF_TASK
 from ingot.recipe import Evaluate
 
 PREDICTIONS = [
@@ -327,9 +339,9 @@ def test_likelihoods_do_not_come_from_texts(name: str) -> None:
 
 def test_a_prediction_may_be_anything() -> None:
     for name in OF_TASK["chat-completion"]:
-        for prediction in ("", "你好", "\x00", "{", "[]", '{"a": {"b": [[]]}}', "\n\n"):
+        for prediction in ("", "你好", "\x00", "{", "[]", '{"a": {"b": [[]]}}', "\n\n", "😀", "$", "-", "#### "):
             score = one(name, prediction, '{"a": "one two three four five"}')
-            assert 0.0 <= score <= (100.0 if name in ("bleu", "chrf") else 1.0)
+            assert 0.0 <= score <= (100.0 if name in ("bleu", "chrf", "chrf++", "ter") else 1.0)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -373,8 +385,91 @@ def test_unknown_or_unfitting_names_are_recipe_errors(task: Any, name: str, hint
 
 
 def test_every_metric_belongs_to_a_task_under_its_own_name() -> None:
-    assert {name for names in OF_TASK.values() for name in names} == set(METRICS)
+    assert {name for names in OF_TASK.values() for name in names} | set(JUDGED) == set(METRICS)
     assert all(name == metric.name and metric.doc for name, metric in METRICS.items())
-    assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {"perplexity", "loss"}
-    unbounded = {"bleu", "chrf", "perplexity", "loss", "preference_margin"}
+    likelihoods = {"perplexity", "loss", "word_perplexity", "byte_perplexity", "bits_per_byte", "log_loss", "brier"}
+    lower = {name for name, metric in METRICS.items() if not metric.higher_is_better}
+    assert lower == {*likelihoods, "ece", "ter"}
+    signed = {"preference_margin", "norm_macro_recall", "matthews_correlation"}
+    unbounded = {"bleu", "chrf", "chrf++", "ter", *likelihoods, *signed}
     assert {name for name, metric in METRICS.items() if not metric.unit_interval} == unbounded
+
+
+@pytest.mark.parametrize("name", ["accuracy", "exact_match", "bleu", "chrf", "rougeL", "f1_macro", "f1_weighted"])
+def test_stored_numbers_alone_give_the_value_back(name: str) -> None:
+    predictions, references = PREDICTIONS * 5, REFERENCES * 5
+    computed = METRICS[name].compute(predictions, references)
+    stored = statistic_of(name, np.asarray(computed.rows.tolist()), computed.details)
+    assert stored.value() == computed.value()
+    assert stored.per_row() == computed.per_row()
+    assert stored.details == computed.details
+    assert interval(stored, 100, 0.9) == interval(computed, 100, 0.9)
+
+
+def test_numbers_of_an_unknown_metric_are_refused() -> None:
+    with pytest.raises(IngotError, match="did you mean 'f1_macro'"):
+        statistic_of("f1_macros", np.ones((2, 2)))
+
+
+# --- aliases ---
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "ours"),
+    [
+        ("text-classification", "f1_score_macro", "f1_macro"),
+        ("text-classification", "precision_score_micro", "precision_micro"),
+        ("text-classification", "recall_score_binary", "recall_binary"),
+        ("text-classification", "AUC_weighted", "AUC_weighted"),
+        ("text-classification", "auc_weighted", "AUC_weighted"),
+        ("text-classification", "average_precision_score_macro", "average_precision_score_macro"),
+        ("text-classification", "mcc", "matthews_correlation"),
+        ("text-classification", "Accuracy", "accuracy"),
+        ("multi-label-classification", "accuracy", "subset_accuracy"),
+        ("multi-label-classification", "f1_score_weighted", "f1_weighted"),
+        ("token-classification", "accuracy", "token_accuracy"),
+        ("token-classification", "f1_score_micro", "entity_f1"),
+        ("token-classification", "f1_score_macro", "entity_f1_macro"),
+        ("token-classification", "precision_score_weighted", "entity_precision_weighted"),
+        ("token-classification", "recall", "entity_recall"),
+        ("question-answering", "exact_match", "squad_exact_match"),
+        ("question-answering", "f1_score", "squad_f1"),
+        ("chat-completion", "exact_match", "exact_match"),
+        ("chat-completion", "f1", "squad_f1"),
+        ("text-generation", "rougelsum", "rougeLsum"),
+        ("translation", "sacrebleu", "bleu"),
+        ("translation", "BLEU_4", "bleu_4"),
+        ("fill-mask", "perplexities", "perplexity"),
+        ("multiple-choice", "accuracy", "acc"),
+        ("multiple-choice", "brier_score", "brier"),
+        ("perplexity", "bits_per_byte", "bits_per_byte"),
+    ],
+)
+def test_an_alias_is_resolved_once(task: Any, name: str, ours: str) -> None:
+    assert canonical(name, task) == ours
+    assert ours in OF_TASK[task]
+
+
+def test_two_names_of_one_metric_are_measured_once() -> None:
+    section = Evaluate(metrics=["f1_score_macro", "accuracy", "f1_macro"])
+    assert metric_names(section, "text-classification", [["a"], ["b"]]) == ["f1_macro", "accuracy"]
+
+
+def test_a_name_nearly_an_alias_is_answered_with_it() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'f1_score_macro'"):
+        canonical("f1_score_marco", "text-classification")
+    with pytest.raises(RecipeError, match="multiple-choice has acc, acc_norm") as caught:
+        canonical("bleu", "multiple-choice", "task.metrics")
+    assert caught.value.field == "task.metrics"
+    with pytest.raises(IngotError, match="no metrics of 'translations': did you mean 'translation'"):
+        canonical("bleu", "translations")
+
+
+def test_every_alias_means_a_metric_and_every_kind_has_defaults() -> None:
+    assert set(ALIASES.values()) <= set(METRICS)
+    assert not set(ALIASES) & set(METRICS)
+    for task, aliases in ALIASES_OF_TASK.items():
+        assert set(aliases.values()) <= set(OF_TASK[task])
+    assert {*DEFAULTS, "chat-completion"} == set(OF_TASK)
+    for task, names in DEFAULTS.items():
+        assert set(names) <= set(OF_TASK[task])

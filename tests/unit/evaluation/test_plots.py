@@ -7,8 +7,8 @@ import pytest
 from matplotlib import image, pyplot
 from matplotlib.transforms import Bbox
 
-from ingot.evaluation.plots import _smoothed, run_picture
-from ingot.evaluation.runner import Score
+from ingot.evaluation.plots import Course, _smoothed, run_picture
+from ingot.evaluation.result import Score
 
 TRAIN = [(step, 2.0 * 0.99**step) for step in range(1, 200)]
 VALIDATION = [(50, 1.3), (100, 0.8), (199, 0.4)]
@@ -120,3 +120,18 @@ def test_smoothing_keeps_a_constant_and_does_not_lag() -> None:
     assert all(a > b for a, b in itertools.pairwise(smooth))
     noisy = [1.0 + 0.1 * (-1) ** i for i in range(400)]
     assert max(abs(value - 1.0) for value in _smoothed(noisy)[20:-20]) < 0.01
+
+
+@pytest.mark.parametrize("name", ["f1_macro", "choose-tool/acc@first"])
+def test_a_metric_measured_on_the_way_has_a_panel(name: str, tmp_path: Path) -> None:
+    course = Course(name, [(0, 0.45, 0.4, 0.5), (100, 0.8, 0.7, 0.9), (199, 0.7, 0.6, 0.8)], 100)
+    with_it, without = tmp_path / "with.png", tmp_path / "without.png"
+    run_picture(TRAIN, VALIDATION, SHARES, BETTER, with_it, "a run", course)
+    run_picture(TRAIN, VALIDATION, SHARES, BETTER, without, "a run")
+    drawn, plain = (image.imread(path) for path in (with_it, without))
+    assert drawn.shape == plain.shape
+    band = [
+        1 - 0.15 * (1 - part) for part in (0.0, 0x72 / 255, 0xB2 / 255)
+    ]  # the interval: its blue is seen nowhere else
+    counts = [(abs(picture[..., :3] - band) < 0.005).all(-1).sum() for picture in (drawn, plain)]
+    assert counts[0] > 1000 > 10 * counts[1], counts

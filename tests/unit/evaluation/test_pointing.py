@@ -15,7 +15,7 @@ from ingot.data.example import Example
 from ingot.data.labeled import Asked, MultiLabeled, Tagged
 from ingot.errors import RecipeError
 from ingot.evaluation.measure import measure
-from ingot.evaluation.runner import Evaluation
+from ingot.evaluation.result import Evaluation
 from ingot.recipe_io import parse_recipe
 
 
@@ -54,7 +54,7 @@ def scored(
     examples: list[Example] = rows
     found = measure("tuned", model, tokenizer, examples, labels, recipe, seen.append)
     assert sum(seen) == len(rows)
-    assert [row.id for row in found.rows] == [row.where for row in rows]
+    assert [row.id for row in found.samples] == [row.where for row in rows]
     return found
 
 
@@ -85,8 +85,8 @@ def test_label_sets_are_scored_as_by_scikit_learn(tiny_tokenizer: Any) -> None:
             "subset_accuracy": 2 / 5,
         }
     )
-    assert found.rows[1].prediction == '["a", "c"]'
-    assert found.rows[1].references == ['["a", "b"]']
+    assert found.samples[1].prediction == '["a", "c"]'
+    assert found.samples[1].references == ['["a", "b"]']
 
 
 def test_rows_without_any_label_are_no_ground_for_f1(tiny_tokenizer: Any) -> None:
@@ -117,8 +117,8 @@ def test_tags_are_read_at_first_tokens(tiny_tokenizer: Any) -> None:
     ]
     model = Oracle(of_tokens(tiny_tokenizer, 3, {"city": 0}, 2))
     found = scored("token-classification", model, tiny_tokenizer, rows, names)
-    assert [row.prediction.split() for row in found.rows][:2] == [["O", "B-city", "O", "O"], ["O", "B-city"]]
-    assert found.rows[2].prediction.split() == ["O"] * 61
+    assert [row.prediction.split() for row in found.samples][:2] == [["O", "B-city", "O", "O"], ["O", "B-city"]]
+    assert found.samples[2].prediction.split() == ["O"] * 61
     # One of two predicted is right; there are four: B, B, one of two words, and the one that was cut off.
     assert values(found) == pytest.approx({"entity_f1": 1 / 3, "entity_precision": 1 / 2, "entity_recall": 1 / 4})
     assert found.scores["entity_f1"].n == 3
@@ -160,31 +160,35 @@ def test_the_best_answer_of_all_windows(tiny_tokenizer: Any) -> None:
     model = Oracle(pointing_at(tiny_tokenizer, {"France": 9.0, "fox": 1.0}))
     rows = [asked("France", "f:1"), Asked("What?", CONTEXT, (("Paris", CONTEXT.index("Paris")),), "f:2")]
     found = scored("question-answering", model, tiny_tokenizer, rows)
-    assert [row.prediction for row in found.rows] == ["France", "France"]
+    assert [row.prediction for row in found.samples] == ["France", "France"]
     assert values(found) == {"squad_exact_match": 0.5, "squad_f1": 0.5}
-    assert found.rows[0].prompt == f"What?\n{CONTEXT}"
+    assert found.samples[0].prompt == f"What?\n{CONTEXT}"
 
 
 def test_several_right_answers(tiny_tokenizer: Any) -> None:
     model = Oracle(pointing_at(tiny_tokenizer, {"France": 9.0}))
     both = Asked("What?", CONTEXT, tuple((text, CONTEXT.index(text)) for text in ("Paris", "France")), "f:1")
     found = scored("question-answering", model, tiny_tokenizer, [both])
-    assert found.rows[0].references == ["Paris", "France"]
+    assert found.samples[0].references == ["Paris", "France"]
     assert values(found)["squad_exact_match"] == 1.0
 
 
 def test_none_is_said_only_where_rows_without_an_answer_are_asked(tiny_tokenizer: Any) -> None:
     unsure = Oracle(pointing_at(tiny_tokenizer, {"fox": 1.0}, nowhere=8.0))
-    assert scored("question-answering", unsure, tiny_tokenizer, [asked("fox", "f:1")]).rows[0].prediction == "fox"
+    assert scored("question-answering", unsure, tiny_tokenizer, [asked("fox", "f:1")]).samples[0].prediction == "fox"
     found = scored("question-answering", unsure, tiny_tokenizer, [asked("fox", "f:1"), asked(None, "f:2")])
-    assert [row.prediction for row in found.rows] == ["", ""]
-    assert [row.references for row in found.rows] == [["fox"], [""]]
+    assert [row.prediction for row in found.samples] == ["", ""]
+    assert [row.references for row in found.samples] == [["fox"], [""]]
     assert values(found) == {"squad_exact_match": 0.5, "squad_f1": 0.5}
+    parted = {"metrics": ["squad_f1_has_answer", "squad_f1_no_answer"]}
+    rows = [asked("fox", "f:1"), asked(None, "f:2"), asked(None, "f:3")]
+    found = scored("question-answering", unsure, tiny_tokenizer, rows, evaluate=parted)
+    assert values(found) == {"squad_f1_has_answer": 0.0, "squad_f1_no_answer": 1.0}
     # In one window the answer is surer than "not here": that others lack it says nothing.
     sure = Oracle(pointing_at(tiny_tokenizer, {"France": 30.0}, nowhere=8.0))
     assert (
         scored("question-answering", sure, tiny_tokenizer, [asked("France", "f:1"), asked(None, "f:2")])
-        .rows[0]
+        .samples[0]
         .prediction.startswith("France")
     )
 
@@ -193,7 +197,7 @@ def test_a_question_without_room_has_no_answer(tiny_tokenizer: Any) -> None:
     model = Oracle(pointing_at(tiny_tokenizer, {"France": 9.0}))
     rows = [Asked("What? " * 60, CONTEXT, (("France", CONTEXT.index("France")),), "f:1"), asked("France", "f:2")]
     found = scored("question-answering", model, tiny_tokenizer, rows)
-    assert [row.prediction for row in found.rows] == ["", "France"]
+    assert [row.prediction for row in found.samples] == ["", "France"]
 
 
 # --- hidden tokens ---
@@ -213,9 +217,9 @@ def test_hidden_tokens_are_the_same_for_every_model(make_tokenizer: Any) -> None
     options = {"objective": {"mask_share": 0.5}}
     first, second = (scored("fill-mask", Oracle(answer), tokenizer, rows, **options) for _ in range(2))
     assert values(first) == values(second)
-    hidden = sum(row.numbers["perplexity"][1] for row in first.rows)
+    hidden = sum(row.numbers["perplexity"][1] for row in first.samples)
     assert hidden == sum(max(1, round(0.5 * len(tokenizer(row.text)["input_ids"]))) for row in rows)
-    hits = sum(row.numbers["masked_accuracy"][0] for row in first.rows)
+    hits = sum(row.numbers["masked_accuracy"][0] for row in first.samples)
     normal = np.log(np.exp(2.0) + len(tokenizer) - 1)
     assert values(first)["perplexity"] == pytest.approx(np.exp(normal - 2.0 * hits / hidden))
     assert values(first)["masked_accuracy"] == pytest.approx(hits / hidden)

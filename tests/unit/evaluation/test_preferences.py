@@ -9,8 +9,8 @@ from ingot.data.pairs import answers_of
 from ingot.data.sources import Row
 from ingot.data.template import encode_all
 from ingot.errors import RecipeError
+from ingot.evaluation.compare import compare
 from ingot.evaluation.measure import measure
-from ingot.evaluation.runner import compare
 from ingot.recipe_io import parse_recipe
 
 ROWS = [
@@ -41,7 +41,7 @@ def model_of(tokenizer, kind=LlamaForCausalLM, **settings):
 
 
 def margins_of(found):
-    return [row.numbers["preference_margin"][0] for row in found.rows]
+    return [row.numbers["preference_margin"][0] for row in found.samples]
 
 
 def test_the_margin_is_the_lead_in_log_probability(tiny_tokenizer):
@@ -63,7 +63,7 @@ def test_the_margin_is_the_lead_in_log_probability(tiny_tokenizer):
     assert found.scores["preference_accuracy"].value == share
     assert found.scores["preference_margin"].value == pytest.approx(sum(expected) / 4, abs=1e-4)
     assert sum(ticks) == 4
-    for row, example, margin in zip(found.rows, ROWS, expected, strict=True):
+    for row, example, margin in zip(found.samples, ROWS, expected, strict=True):
         assert row.prompt == example["prompt"]
         assert row.references == [example["chosen"]]
         assert row.prediction == example["chosen" if margin > 0 else "rejected"]
@@ -97,7 +97,8 @@ def test_two_models_are_compared_pair_by_pair(tiny_tokenizer):
         measure(name, model_of(tiny_tokenizer), tiny_tokenizer, examples_of(recipe), (), recipe)
         for name in ("base", "tuned")
     )
-    assert compare(base, tuned, recipe.evaluate).metrics["preference_margin"].difference == 0
+    found = compare({"test": base}, {"test": tuned}, samples=100, confidence=0.95)
+    assert found.of("test")["preference_margin"].paired.difference == 0
 
 
 def test_what_cannot_be_measured_is_refused(tiny_tokenizer):

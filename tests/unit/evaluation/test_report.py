@@ -2,8 +2,9 @@
 
 import pytest
 
+from ingot.evaluation.compare import Difference
 from ingot.evaluation.report import metrics_json, p_text, table, with_interval
-from ingot.evaluation.runner import Comparison, Score
+from ingot.evaluation.result import Score
 from ingot.evaluation.statistics import Paired
 
 
@@ -47,11 +48,10 @@ def test_metrics_json() -> None:
     }
 
 
-def test_a_table_prefers_the_exact_test() -> None:
+def test_a_table_shows_the_test_that_decides() -> None:
     base, tuned = {"accuracy": score(0.5, 0.4, 0.6)}, {"accuracy": score(0.7, 0.6, 0.8)}
-    exact = Comparison({"accuracy": Paired(0.2, 0.1, 0.3, 0.5, 0.012, 50)})
-    resampled = Comparison({"accuracy": Paired(0.2, 0.1, 0.3, 0.5, None, 50)})
-    assert table(base, tuned, exact) == [
+    found = Difference("test", "accuracy", Paired(0.2, 0.1, 0.3, 0.5, 0.012, 50), True, 0.012, 0.024)
+    assert table(base, tuned, {"accuracy": found}) == [
         {
             "metric": "accuracy",
             "base": "0.500 [0.400, 0.600]",
@@ -60,7 +60,6 @@ def test_a_table_prefers_the_exact_test() -> None:
             "p": "0.012",
         }
     ]
-    assert table(base, tuned, resampled)[0]["p"] == "0.500"
 
 
 def test_a_table_has_only_what_was_measured() -> None:

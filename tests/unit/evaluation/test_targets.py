@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, NllbTokenizer, T5Con
 
 from ingot.data.conversation import SourceTarget
 from ingot.evaluation.measure import measure
-from ingot.evaluation.targets import write
+from ingot.model.targets import write
 from ingot.recipe_io import parse_recipe
 
 SOURCES = ["hello there", "what is the capital of France?", "a", "the quick brown fox jumps over the lazy dog"]
@@ -98,9 +98,9 @@ def test_measures_each_task_by_its_metrics(model, tiny_tokenizer):
     for task in ("summarization", "translation"):
         found = measure("base", model, tiny_tokenizer, rows, (), recipe_of(task))
         names[task] = list(found.scores)
-        assert [row.id for row in found.rows] == [row.where for row in rows]
+        assert [row.id for row in found.samples] == [row.where for row in rows]
         cut = tiny_tokenizer(SOURCES[3])["input_ids"][:6]
-        assert found.rows[3].prediction == write(model, tiny_tokenizer, [cut], 5, 100)[0]
+        assert found.samples[3].prediction == write(model, tiny_tokenizer, [cut], 5, 100)[0]
         assert found.seconds <= time.perf_counter()
     assert names == {"summarization": ["rouge1", "rouge2", "rougeL", "rougeLsum"], "translation": ["bleu", "chrf"]}
 
@@ -108,4 +108,4 @@ def test_measures_each_task_by_its_metrics(model, tiny_tokenizer):
 def test_rows_of_one_source_are_its_references(model, tiny_tokenizer):
     rows = [SourceTarget("hello", f"the target number {n} of all", f"row:{n}") for n in range(3)]
     found = measure("base", model, tiny_tokenizer, rows, (), recipe_of("summarization", merge_references=True))
-    assert [len(row.references) for row in found.rows] == [3]
+    assert [len(row.references) for row in found.samples] == [3]

@@ -16,7 +16,7 @@ from transformers import (
 
 from ingot.errors import IngotError, RecipeError
 from ingot.model import adapters
-from ingot.model.load import logits_of
+from ingot.model.kinds import logits_of
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.recipe import Adapter
 

@@ -16,7 +16,7 @@ from ingot.model.adapters import attach_adapter
 from ingot.model.attention import implementation
 from ingot.model.documents import Documents
 from ingot.model.head import asked, fused_head
-from ingot.model.load import KINDS, logits_of
+from ingot.model.kinds import KINDS, logits_of
 from ingot.model.quantize import QuantizedLinear, quantized
 from ingot.parallel.recompute import apply_activations
 from ingot.recipe import Adapter, Kernels, Quantization, Train

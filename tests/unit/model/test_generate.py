@@ -14,18 +14,9 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from ingot.data.conversation import Conversation, Message, PromptCompletion
 from ingot.data.template import prompt_ids
-from ingot.model.generate import (
-    Generation,
-    InputError,
-    Sampling,
-    _choose,
-    _Row,
-    end_ids,
-    generate,
-    plain_prompt_ids,
-    stream,
-)
+from ingot.model.generate import end_ids, generate, plain_prompt_ids, stream
 from ingot.model.runtime import Runtime
+from ingot.model.sampling import Generation, InputError, Row, Sampling, choose
 from ingot.recipe import Data, Objective
 
 WORDS = ["Hello!", "The quick brown fox jumps over the lazy dog.", "What is", "I would like to book a table for two."]
@@ -200,14 +191,17 @@ def test_the_model_is_left_in_its_mode(endless: Any) -> None:
 
 
 def test_sampling_follows_the_distribution_within_top_p() -> None:
-    rows = [_Row(i, [1], str, random.Random(f"3/{i}")) for i in range(4000)]
-    logits_BV = torch.log(torch.tensor([0.2, 0.5, 0.3])).expand(len(rows), 3)
-    picked = _choose(logits_BV, rows, Sampling(1, temperature=1.0, top_p=0.7))
+
+    def drawn(sampling: Sampling) -> list[int]:
+        return choose(logits_BV, [Row(i, [1], str, random.Random(f"3/{i}"), sampling) for i in range(4000)])
+
+    logits_BV = torch.log(torch.tensor([0.2, 0.5, 0.3])).expand(4000, 3)
+    picked = drawn(Sampling(1, temperature=1.0, top_p=0.7))
     assert 0 not in picked
     # 0.5 of 0.8 kept; four standard deviations of a share over 4000 draws are 0.031.
-    assert picked.count(1) / len(rows) == pytest.approx(0.625, abs=0.031)
-    hot = _choose(logits_BV, rows, Sampling(1, temperature=100.0))
-    assert hot.count(0) / len(rows) == pytest.approx(1 / 3, abs=0.031)
+    assert picked.count(1) / 4000 == pytest.approx(0.625, abs=0.031)
+    hot = drawn(Sampling(1, temperature=100.0))
+    assert hot.count(0) / 4000 == pytest.approx(1 / 3, abs=0.031)
 
 
 def test_seeds_repeat_and_differ(endless: Any) -> None:

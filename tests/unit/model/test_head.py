@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from ingot.model.adapters import attach_adapter
 from ingot.model.head import SCALES, Form, asked, attach, detach, fused_head, trial
-from ingot.model.load import KINDS, logits_of
+from ingot.model.kinds import KINDS, logits_of
 from ingot.recipe import Adapter
 from ingot_kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
 

@@ -26,8 +26,9 @@ from transformers import (
 
 from ingot.errors import ModelError, RecipeError
 from ingot.model.adapters import attach_adapter, merge, trainable_tensors
+from ingot.model.kinds import knows_segments, logits_of
 from ingot.model.lines import settle, trial
-from ingot.model.load import knows_segments, load_model, logits_of
+from ingot.model.load import load_model
 from ingot.recipe import Adapter, Model
 from ingot.recipe_io import parse_recipe
 

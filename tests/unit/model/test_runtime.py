@@ -1,9 +1,13 @@
 """What a model folder must hold to be answered with."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
+from ingot.model.answers import Answering
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.model.runtime import Runtime
 
@@ -42,3 +46,15 @@ def test_classifier_without_its_head_is_refused(folder, tiny_tokenizer):
 def test_classifier_with_its_head_loads(folder, tiny_tokenizer):
     BertForSequenceClassification(config(tiny_tokenizer)).save_pretrained(folder)
     assert Runtime.load(folder).labels == ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("positions", "trained", "reach"), [(None, 1280, 1280), (None, 64, 512), (None, None, 512), (256, 1280, 256)]
+)
+def test_a_model_without_positions_reaches_what_it_was_trained_on(
+    positions: int | None, trained: int | None, reach: int
+) -> None:
+    config = SimpleNamespace(max_position_embeddings=positions)
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    tokenizer: Any = SimpleNamespace(model_max_length=512)
+    assert Answering("summarization", model, tokenizer, (), {"max_tokens": trained}).limit == reach

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from ingot.model.generate import InputError
 from ingot.model.runtime import Runtime
+from ingot.model.sampling import InputError
 from ingot.packaging.pyfunc_model import PackagedModel, _load_pyfunc
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
@@ -73,7 +73,7 @@ def test_labels_with_probability(mean_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "field"),
     [
-        ({"question": "x"}, "input_string"),
+        ({"question": "x"}, "question"),
         ({"input_string": 3}, "input_string"),
         ({"messages": "not json"}, "messages"),
         ({"messages": "{}"}, "messages"),
@@ -85,3 +85,10 @@ def test_other_input_names_the_column(chat: PackagedModel, data: Any, field: str
     with pytest.raises(InputError) as caught:
         chat.predict(data)
     assert caught.value.field == field
+
+
+def test_the_names_that_mlflow_lets_pass_are_told(chat: PackagedModel) -> None:
+    """MLflow leaves out `text`, by which the endpoint also knows the column."""
+    with pytest.raises(InputError, match="each row needs input_string or messages; no column") as caught:
+        chat.predict(pd.DataFrame(index=[0]))
+    assert "text" not in str(caught.value)

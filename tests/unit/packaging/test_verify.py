@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from every_task import packaged
 
 from ingot.errors import PackageError
 from ingot.model.runtime import Runtime
 from ingot.packaging import bundle, verify
-from ingot.packaging.bundle import package_model
 from ingot.packaging.clean_process import Hiding, closure
 from ingot.packaging.verify import verify_package
 
@@ -20,15 +20,11 @@ EXAMPLES = [{"input_string": "Hello!"}, {"input_string": "What is"}]
 
 @pytest.fixture
 def package(text_folder: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "package"
-    return package_model(
-        text_folder, out, name="tiny", task="text-generation", example_input=EXAMPLES[0], metadata={}, license=None
-    )
+    return packaged(text_folder, tmp_path / "package")
 
 
-def _expected(package: Path) -> list[str]:
-    runtime = Runtime.load(package / "model")
-    return [a.text for a in runtime.generate([runtime.prompt_ids(row["input_string"]) for row in EXAMPLES])]
+def _expected(package: Path) -> list[dict[str, Any]]:
+    return Runtime.load(package / "model").answer(EXAMPLES)
 
 
 def _with_line(package: Path, line: str) -> None:
@@ -53,8 +49,10 @@ def test_a_good_package_passes_and_stays_as_it_was(package: Path) -> None:
 
 def test_another_answer_is_shown_where_it_differs(package: Path) -> None:
     first, second = _expected(package)
-    with pytest.raises(PackageError, match=r"example 1 .*from character 2 on"):
-        verify_package(package, EXAMPLES, [first, second[:2] + "\N{SNOWMAN}" + second[3:]])
+    text = second["output_string"]
+    other = {"output_string": text[:2] + "\N{SNOWMAN}" + text[3:]}
+    with pytest.raises(PackageError, match=r"example 1 .*at output_string: from character 2 on"):
+        verify_package(package, EXAMPLES, [first, other])
 
 
 @pytest.mark.parametrize("module", ["ingot", "peft"])
@@ -62,7 +60,7 @@ def test_an_import_outside_the_requirements_fails(package: Path, module: str) ->
     __import__(module)  # it is installed here: only the hiding can make it fail
     _with_line(package, f"import {module}")
     with pytest.raises(PackageError, match=f"No module named '{module}'"):
-        verify_package(package, EXAMPLES, ["", ""])
+        verify_package(package, EXAMPLES, [{}, {}])
 
 
 def test_environment_variables_do_not_help_the_package(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +74,7 @@ def test_environment_variables_do_not_help_the_package(package: Path, monkeypatc
 def test_a_package_that_hangs_is_ended(package: Path) -> None:
     _with_line(package, "import time\ntime.sleep(600)")
     with pytest.raises(PackageError, match=r"no answer within 0\.5 s"):
-        verify_package(package, EXAMPLES, ["", ""], timeout_s=0.5)
+        verify_package(package, EXAMPLES, [{}, {}], timeout_s=0.5)
 
 
 def test_a_changed_package_is_refused_before_it_runs(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,14 +84,14 @@ def test_a_changed_package_is_refused_before_it_runs(package: Path, monkeypatch:
     monkeypatch.setattr(verify.subprocess, "run", never)
     (package / "README.md").write_text("other")
     with pytest.raises(PackageError, match=r"README\.md changed"):
-        verify_package(package, EXAMPLES, ["", ""])
+        verify_package(package, EXAMPLES, [{}, {}])
 
 
 @pytest.mark.parametrize(
     ("examples", "expected"),
-    [([], []), (EXAMPLES, ["one"]), ([{"input_string": "x"}, {"messages": []}], ["", ""])],
+    [([], []), (EXAMPLES, [{}]), ([{"input_string": "x"}, {"messages": []}], [{}, {}])],
 )
-def test_examples_and_answers_must_fit(package: Path, examples: list[Any], expected: list[str]) -> None:
+def test_examples_and_answers_must_fit(package: Path, examples: list[Any], expected: list[Any]) -> None:
     with pytest.raises(PackageError, match="verification needs"):
         verify_package(package, examples, expected)
 

@@ -43,8 +43,11 @@ def test_the_rank_that_is_stuck_in_its_data_is_named_with_where_the_others_wait(
         ([(13, "communication"), (13, "backward")], DDP, [1]),
         ([(13, "backward"), (13, "forward")], DDP, [1]),
         ([(13, "backward"), (13, "forward")], FSDP, []),
+        ([(13, "evaluation"), (13, "validation")], DDP, [1]),
+        ([(0, "evaluation"), (1, "communication")], DDP, [0]),
         # Nobody waits: all validate, all load, or all read data.
         ([(13, "validation"), (13, "validation")], DDP, []),
+        ([(13, "evaluation"), (13, "evaluation")], DDP, []),
         ([(0, "start"), (0, "start")], DDP, []),
         ([(13, "data"), (14, "data")], DDP, []),
         ([(13, "data"), (13, "communication"), (13, "communication")], DDP, [0]),

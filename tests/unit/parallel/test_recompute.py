@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from ingot.errors import RecipeError
 from ingot.model import adapters, fused
 from ingot.model.documents import Documents
-from ingot.model.load import logits_of
+from ingot.model.kinds import logits_of
 from ingot.model.pooling import MeanPoolClassifier
 from ingot.parallel import recompute
 from ingot.parallel.recompute import NARROW, compile_blocks, keep_products, recompute_blocks

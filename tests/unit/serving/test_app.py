@@ -13,15 +13,24 @@ from fastapi.testclient import TestClient
 
 from ingot.model.runtime import Runtime
 from ingot.serving.app import create_app
-from ingot.serving.engine import Engine
+from ingot.serving.deployments import Deployed, Deployments
+from ingot.serving.engine import Limits
+from ingot.serving.engines import start_engine
+from ingot.serving.gate import Rules
+from ingot.serving.keys import Keyring
 
 CHAT, TEXT, MLFLOW = "/v1/chat/completions", "/v1/completions", "/invocations"
 ASKED = [{"role": "user", "content": "Hello!"}]
 SECRET = "the-secret-of-the-prompt"
 
 
-def _client(folder: Path, **options: Any) -> TestClient:
-    return TestClient(create_app(Runtime.load(folder), "tiny", **options), raise_server_exceptions=False)
+def _served(runtime: Runtime, **limits: int) -> Deployments:
+    return Deployments(Deployed("tiny", start_engine(runtime, Limits(**limits))))
+
+
+def _client(folder: Path, **rules: Any) -> TestClient:
+    app = create_app(_served(Runtime.load(folder)), rules=Rules(**rules))
+    return TestClient(app, raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -37,7 +46,7 @@ def text(text_folder: Path) -> Iterator[TestClient]:
 
 
 def _runtime(client: TestClient) -> Runtime:
-    return client.app.state.engine.runtime  # type: ignore[attr-defined, no-any-return]
+    return client.app.state.deployments.choose().engine.runtime  # type: ignore[attr-defined, no-any-return]
 
 
 def _refused(response: httpx.Response, status: int, param: str | None, *words: str) -> None:
@@ -102,6 +111,57 @@ def test_several_prompts_are_several_choices(text: TestClient) -> None:
     assert body["usage"]["prompt_tokens"] == sum(answer.n_prompt for answer in wanted)
 
 
+def test_a_prompts_own_likelihoods(text: TestClient) -> None:
+    import torch
+
+    prompts = ["Hello there, né 猫!", "a"]
+    body = text.post(TEXT, json={"prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 1}).json()
+    assert [(c["index"], c["text"], c["finish_reason"]) for c in body["choices"]] == [
+        (0, prompts[0], "length"),
+        (1, prompts[1], "length"),
+    ]
+    runtime = _runtime(text)
+    for choice, prompt in zip(body["choices"], prompts, strict=True):
+        told, ids = choice["logprobs"], runtime.tokenizer(prompt)["input_ids"]
+        with torch.inference_mode():
+            right = runtime.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["top_logprobs"]) == len(ids)
+        assert told["token_logprobs"][0] is None
+        for place, token in enumerate(ids[1:]):
+            assert told["token_logprobs"][place + 1] == pytest.approx(float(right[place, token]), abs=1e-5)
+            assert max(told["top_logprobs"][place + 1].values()) == pytest.approx(float(right[place].max()), abs=1e-5)
+        assert prompt.startswith(told["tokens"][0])
+    assert body["usage"] == {
+        "prompt_tokens": sum(len(runtime.tokenizer(prompt)["input_ids"]) for prompt in prompts),
+        "completion_tokens": 0,
+        "total_tokens": body["usage"]["prompt_tokens"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("sent", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "logprobs": 1}, "max_tokens"),
+        ({"echo": True, "logprobs": 1, "max_tokens": 4}, "echo"),
+        ({"echo": True, "logprobs": 2, "max_tokens": 0}, "echo"),
+        ({"echo": True, "logprobs": 1, "max_tokens": 0, "stream": True}, "echo"),
+        ({"echo": True, "logprobs": 1, "max_tokens": 0, "n": 2}, "echo"),
+    ],
+)
+def test_likelihoods_are_of_prompts_alone(text: TestClient, sent: dict[str, Any], param: str) -> None:
+    _refused(text.post(TEXT, json={"prompt": SECRET, **sent}), 400, param, "go together")
+
+
+def test_likelihoods_of_what_has_none(text: TestClient, head_folder: Path) -> None:
+    sent = {"max_tokens": 0, "echo": True, "logprobs": 1}
+    _refused(text.post(TEXT, json={"prompt": "", **sent}), 400, "prompt", "no token")
+    _refused(text.post(TEXT, json={"prompt": SECRET * 99, **sent}), 400, "prompt", "the model reaches 128")
+    with _client(head_folder) as head:
+        _refused(head.post(TEXT, json={"prompt": SECRET, **sent}), 400, "model", "does not write text")
+
+
 def test_models_health_and_ready(chat: TestClient) -> None:
     assert [(m["id"], m["task"]) for m in chat.get("/v1/models").json()["data"]] == [("tiny", "chat-completion")]
     assert chat.get("/health").json() == {"status": "alive"}
@@ -109,7 +169,7 @@ def test_models_health_and_ready(chat: TestClient) -> None:
 
 
 def test_not_ready_while_stopping(chat: TestClient) -> None:
-    chat.app.state.engine.close()  # type: ignore[attr-defined]
+    chat.app.state.deployments.close()  # type: ignore[attr-defined]
     assert chat.get("/health").status_code == 200
     response = chat.get("/ready")
     _refused(response, 503, None, "stopping")
@@ -167,7 +227,6 @@ def test_an_impossible_stream_is_an_ordinary_error(text: TestClient) -> None:
         {"inputs": {"input_string": "Hello!"}},
         {"instances": [{"input_string": "Hello!"}]},
         {"input_string": "Hello!"},
-        {"prompt": "Hello!"},
     ],
 )
 @pytest.mark.parametrize("kind", ["chat", "text"])
@@ -181,7 +240,6 @@ def test_every_form_of_a_row(kind: str, body: dict[str, Any], request: pytest.Fi
 @pytest.mark.parametrize(
     "body",
     [
-        {"messages": ASKED},
         {"inputs": {"messages": ASKED}},
         {"dataframe_records": [{"messages": ASKED}]},
         {"dataframe_records": [{"messages": json.dumps(ASKED)}]},
@@ -192,11 +250,17 @@ def test_every_form_of_a_conversation(chat: TestClient, body: dict[str, Any]) ->
     assert chat.post(MLFLOW, json=body).json() == {"predictions": [{"output_string": wanted.text}]}
 
 
+@pytest.mark.parametrize("body", [{"messages": ASKED}, {"prompt": "Hello!"}])
+def test_an_unwrapped_body_has_an_unwrapped_answer(chat: TestClient, body: dict[str, Any]) -> None:
+    wanted = _runtime(chat).chat(ASKED)
+    assert chat.post(MLFLOW, json=body).json() == [{"output_string": wanted.text}]
+
+
 @pytest.mark.parametrize("bare", [False, True])
 def test_params_of_invocations(text: TestClient, bare: bool) -> None:
     params = {"max_tokens": 5, "temperature": 1.0, "top_p": 0.9, "stop": ["zzz"], "seed": 2}
     wanted = _runtime(text).complete("Hello!", max_new_tokens=5, temperature=1.0, top_p=0.9, seed=2)
-    body = {"prompt": "Hello!", **params} if bare else {"inputs": ["Hello!"], "params": params}
+    body = {"text": "Hello!", **params} if bare else {"inputs": ["Hello!"], "params": params}
     assert text.post(MLFLOW, json=body).json()["predictions"][0]["output_string"] == wanted.text
 
 
@@ -212,10 +276,14 @@ def test_defaults_of_the_packaged_signature_mean_not_given(text: TestClient) -> 
 def test_labels(mean_folder: Path) -> None:
     words = ["Hello!", "Thank you very much"]
     with _client(mean_folder) as client:
-        wanted = [{"label": label, "probability": p[label]} for label, p in _runtime(client).classify(words)]
-        assert client.post(MLFLOW, json={"inputs": {"text": words}}).json() == {"predictions": wanted}
-        assert client.post(MLFLOW, json={"text": words[0]}).json() == {"predictions": wanted[:1]}
-        _refused(client.post(MLFLOW, json={"text": "x", "seed": 3}), 400, "seed", "no parameters")
+
+        def wanted(texts: list[str]) -> list[dict[str, Any]]:
+            # Asked together as the endpoint does: another batch may differ in the last bit (seen on an Intel Xeon).
+            return [{"label": label, "probability": p[label]} for label, p in _runtime(client).classify(texts)]
+
+        assert client.post(MLFLOW, json={"inputs": {"text": words}}).json() == {"predictions": wanted(words)}
+        assert client.post(MLFLOW, json={"text": words[0]}).json() == {"predictions": wanted(words[:1])}
+        _refused(client.post(MLFLOW, json={"text": "x", "seed": 3}), 400, "seed", "unknown")
         _refused(client.post(TEXT, json={"prompt": "x"}), 400, "model", "classifies")
         _refused(client.post(MLFLOW, json={"text": "word " * 200}), 400, "text", "128")
 
@@ -227,11 +295,19 @@ def test_labels(mean_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("logprobs", True),
-        ("frequency_penalty", 0.5),
-        ("response_format", {"type": "json_object"}),
-        ("tool_choice", "auto"),
+        ("best_of", 2),
+        ("user", "x"),
+        ("n", 0),
+        ("n", 17),
+        ("logprobs", "yes"),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", "1"),
+        ("repetition_penalty", 0),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"99999": 1}),
+        ("logit_bias", {SECRET: 1}),
+        ("top_k", -1),
+        ("min_p", 2),
         ("temperature", "0.5"),
         ("temperature", -1),
         ("temperature", 101),
@@ -243,6 +319,8 @@ def test_labels(mean_folder: Path) -> None:
         ("stop", 3),
         ("stop", [""]),
         ("stop", [SECRET, 4]),
+        ("stop", SECRET * 20),
+        ("stop", [SECRET * 20]),
         ("seed", "x"),
         ("stream", "yes"),
         ("model", 3),
@@ -274,12 +352,14 @@ def test_malformed_messages(chat: TestClient, messages: Any, param: str) -> None
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
-        (TEXT, {"prompt": ["a"], "stream": True}, "one prompt"),
+        (CHAT, {"messages": ASKED, "top_logprobs": 2}, "top_logprobs"),
+        (CHAT, {"messages": ASKED, "tool_choice": "auto"}, "tool_choice"),
+        (CHAT, {"messages": ASKED, "parallel_tool_calls": True}, "parallel_tool_calls"),
         (TEXT, {"prompt": "a", "stream_options": {}}, "stream_options"),
         (CHAT, {"messages": ASKED, "max_tokens": 1, "max_completion_tokens": 1}, "max_completion_tokens"),
         (MLFLOW, {}, "exactly one"),
-        (MLFLOW, {"prompt": "a", "inputs": ["b"]}, "inputs and prompt"),
-        (MLFLOW, {"inputs": ["a"], "seed": 3}, "seed belongs into params"),
+        (MLFLOW, {"instances": ["a"], "inputs": ["b"]}, "inputs and instances"),
+        (MLFLOW, {"prompt": "a", "stream": True}, "/v1/chat/completions"),
     ],
 )
 def test_contradictions(chat: TestClient, path: str, body: dict[str, Any], words: str) -> None:
@@ -290,13 +370,17 @@ def test_contradictions(chat: TestClient, path: str, body: dict[str, Any], words
     ("body", "param"),
     [
         ({"bogus": 1, "prompt": SECRET}, "bogus"),
-        ({"inputs": [SECRET], "params": {"top_k": 3}}, "params.top_k"),
+        ({"inputs": [SECRET], "params": {"top_k": 3}}, "top_k"),
+        ({"inputs": [SECRET], "seed": 3}, "seed"),
+        ({"inputs": [SECRET], "prompt": SECRET}, "prompt"),
+        ({"prompt": SECRET, "seed": 3, "params": {}}, "seed"),
         ({"prompt": SECRET, "temperature": -1}, "temperature"),
-        ({"dataframe_records": [{"question": SECRET}]}, "input_string"),
+        ({"dataframe_records": [{"question": SECRET}]}, "question"),
         ({"dataframe_records": [{"input_string": SECRET, "more": SECRET}]}, "more"),
         ({"dataframe_records": [{"messages": SECRET}]}, "messages"),
         ({"dataframe_records": [{"messages": [{"role": SECRET}]}]}, "messages"),
-        ({"dataframe_records": []}, "inputs"),
+        ({"inputs": [SECRET], "params": {"stop": [SECRET] * 65}}, "stop"),
+        ({"dataframe_records": []}, "dataframe_records"),
         ({"inputs": {"input_string": ["a", "b"], "other": ["c"]}}, "inputs"),
         ({"dataframe_split": {"columns": ["input_string"], "data": [[SECRET, "b"]]}}, "dataframe_split"),
         ({"dataframe_split": {"columns": ["input_string"]}}, "dataframe_split.data"),
@@ -338,11 +422,12 @@ def test_a_body_over_the_limit_is_413(text_folder: Path) -> None:
 
 
 def test_the_key_is_needed_on_every_route_but_the_probes(text_folder: Path) -> None:
-    with _client(text_folder, api_key="right") as client:
+    with _client(text_folder, keys=Keyring(key="right")) as client:
         for sent in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "right"}):
             _refused(client.post(TEXT, json={"prompt": "x"}, headers=sent), 401, None, "API key")
             _refused(client.get("/v1/models", headers=sent), 401, None)
-        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        for path in ("/", "/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"):
+            assert client.get(path).status_code == 200
         assert client.get("/v1/models", headers={"Authorization": "Bearer right"}).status_code == 200
 
 
@@ -350,39 +435,36 @@ def test_a_defect_is_500_without_detail(text: TestClient, monkeypatch: pytest.Mo
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr(_runtime(text), "generate", broken)
+    monkeypatch.setattr(_runtime(text).model, "forward", broken)
     _refused(text.post(TEXT, json={"prompt": "x"}), 500, None, "failed")
     monkeypatch.undo()
     assert text.post(TEXT, json={"prompt": "x"}).status_code == 200
 
 
-def test_a_full_queue_is_503_and_recovers(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = create_app(Runtime.load(text_folder), "tiny", max_waiting=1)
-    engine: Engine = app.state.engine
+def test_a_full_queue_is_503_and_recovers(text_folder: Path) -> None:
+    served = _served(Runtime.load(text_folder), waiting_requests=1, rows=1)
+    app, engine = create_app(served), served.choose().engine
     running, go = threading.Event(), threading.Event()
-    generate = engine.runtime.generate
 
-    def slow(*args: Any, **kwargs: Any) -> Any:
+    def slow(_: Runtime) -> None:
         running.set()
         assert go.wait(30)
-        return generate(*args, **kwargs)
-
-    monkeypatch.setattr(engine.runtime, "generate", slow)
 
     async def scene() -> None:
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            first = asyncio.create_task(client.post(TEXT, json={"prompt": "a"}))
+            first = asyncio.create_task(engine.run(slow))
             await asyncio.to_thread(running.wait, 30)
             second = asyncio.create_task(client.post(TEXT, json={"prompt": "b"}))
-            while not engine._jobs.full():
+            while not engine.load().queue:
                 await asyncio.sleep(0.01)
             third = await client.post(TEXT, json={"prompt": "c"})
             _refused(third, 503, None, "waiting")
             assert int(third.headers["retry-after"]) > 0
             assert (await client.get("/health")).status_code == 200  # the event loop is free meanwhile
             go.set()
-            assert (await first).status_code == (await second).status_code == 200
+            await first
+            assert (await second).status_code == 200
 
     asyncio.run(scene())
     engine.close()

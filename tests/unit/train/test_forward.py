@@ -13,7 +13,7 @@ from ingot.data.loader import IGNORE, Batch, Drawn, muted
 from ingot.data.plan import Divisor
 from ingot.model.adapters import attach_adapter
 from ingot.model.head import attach, detach
-from ingot.model.load import KINDS
+from ingot.model.kinds import KINDS
 from ingot.parallel.sharded import Sharded
 from ingot.parallel.strategies import parallelize
 from ingot.ranks import Ranks

@@ -1,32 +1,34 @@
-"""The best stretch of a context, and SQuAD's comparison of answers."""
+"""Tags that make entities, and the best stretch of a context."""
+
+import random
 
 import pytest
 import torch
+from seqeval.metrics.sequence_labeling import get_entities
 
-from ingot.evaluation.answers import best_spans, exact, plain, word_f1
-
-
-@pytest.mark.parametrize(
-    ("prediction", "references", "em", "f1"),
-    [
-        ("The Eiffel Tower!", ["Eiffel tower"], 1.0, 1.0),
-        ("a tower", ["Eiffel tower"], 0.0, 2 / 3),
-        ("tower tower", ["tower"], 0.0, 2 / 3),
-        ("Paris", ["London", "in Paris", "paris."], 1.0, 1.0),
-        ("Rome", ["London", "in Paris"], 0.0, 0.0),
-        ("", [""], 1.0, 1.0),  # no answer, and none said
-        ("Rome", [""], 0.0, 0.0),
-        ("", ["Rome"], 0.0, 0.0),
-        ("the", ["an"], 1.0, 1.0),  # nothing but articles: equal, as SQuAD has it
-    ],
-)
-def test_squad(prediction: str, references: list[str], em: float, f1: float) -> None:
-    assert exact(prediction, references) == em
-    assert word_f1(prediction, references) == pytest.approx(f1)
+from ingot.model.pointing import best_spans, entities_of
 
 
-def test_articles_are_words_of_their_own() -> None:
-    assert plain("  The  theatre, an anthem and A-level ") == "theatre anthem and alevel"
+@pytest.mark.parametrize("marks", ["BI", "BIES"])
+def test_entities_are_those_of_the_measured_scores(marks: str) -> None:
+    draw = random.Random(3)
+    labels = ["O", *(f"{mark}-{kind}" for mark in marks for kind in ("person", "city"))]
+    for _ in range(300):
+        tags = [draw.choice(labels) for _ in range(draw.randrange(1, 9))]
+        spans = [(3 * place, 3 * place + 2) for place in range(len(tags))]
+        found = entities_of(tags, [0.5] * len(tags), spans, labels)
+        wanted = [(kind, 3 * first, 3 * last + 2) for kind, first, last in get_entities(tags)]
+        assert [(it.type, it.start, it.end) for it in found] == wanted, tags
+
+
+def test_scores_are_means_over_words() -> None:
+    [found] = entities_of(["O", "B-city", "I-city"], [1.0, 0.5, 0.75], [(0, 2), (3, 6), (7, 11)], ["O", "B-city"])
+    assert found == ("city", 3, 11, 0.625)
+
+
+def test_without_marks_every_word_with_a_tag_is_one() -> None:
+    found = entities_of(["NOUN", "O", "NOUN", "NOUN"], [0.5] * 4, [(0, 1), (2, 3), (4, 5), (6, 7)], ["NOUN", "O"])
+    assert [(it.type, it.start) for it in found] == [("NOUN", 0), ("NOUN", 4), ("NOUN", 6)]
 
 
 def logits(first: list[float], last: list[float]) -> torch.Tensor:

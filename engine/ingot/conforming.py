@@ -1,0 +1,217 @@
+"""What `ingot conform` asks of a package, where its results are kept, and what they say."""
+
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ingot import pages
+from ingot.conformance.case import TOLERANCE, Case, Record
+from ingot.conformance.targets import FAILED, PASSED, SKIPPED, TARGETS, Result, all_passed, conform
+from ingot.errors import DataError, IngotError, PackageError, RecipeError
+from ingot.model.adapted import find_base, is_packaged_adapter
+from ingot.model.runtime import Runtime
+from ingot.packaging.bundle import check_manifest, metadata_of
+from ingot.packaging.registry import fetched
+from ingot.packaging.versions import CONFORM, manifest_digest
+from ingot.progress import Progress
+from ingot.registering import REFERENCE, find, open_registry, package_of
+from ingot.registry import nearest
+from ingot.runfolder import Run, write_json
+from ingot.stages import examples_with_answers
+
+TEMPLATE = Path(__file__).parent / "conformance" / "report.html.jinja"
+VERSIONS = ("torch", "transformers", "mlflow")
+MOST_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """Results of one package. `manifest`: the digest that names its files. `at`: ISO 8601."""
+
+    name: str
+    task: str
+    manifest: str
+    at: str
+    rows: int
+    versions: dict[str, str]
+    results: list[Result]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that ran passed, and something ran."""
+        return all_passed(self.results)
+
+    @property
+    def sentence(self) -> str:
+        """How it ended."""
+        counts = {state: sum(it.state == state for it in self.results) for state in (PASSED, FAILED, SKIPPED)}
+        ran = counts[PASSED] + counts[FAILED]
+        return f"{counts[PASSED]} of {ran} targets that ran passed, {counts[SKIPPED]} skipped"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        found = {name: getattr(self, name) for name in ("name", "task", "manifest", "at", "rows", "versions")}
+        verdict = {"passed": self.passed, "sentence": self.sentence, "tolerance": TOLERANCE}
+        return found | verdict | {"results": [it.as_dict() for it in self.results]}
+
+
+def run(
+    model: str,
+    targets: Sequence[str] = (),
+    *,
+    rows_file: Path | None = None,
+    install: bool = True,
+    store: str | None = None,
+    timeout_s: float = 300.0,
+    progress: Progress | None = None,
+) -> Conformance:
+    """Load the package `model` (a package, a run, or models:/NAME/VERSION) as each of `targets` would, all by default,
+    and compare what they answer with what this process does. Keeps the results beside the package, and as tags of a
+    registered version.
+
+    Raises RecipeError for an unknown target, PackageError for a package that is not what was written, DataError for
+    rows that cannot be read.
+    """
+    progress = progress or Progress(quiet=True)
+    if unknown := [name for name in targets if name not in TARGETS]:
+        raise RecipeError("--target", unknown[0], nearest(unknown[0], TARGETS))
+    package, trained_by = opened(model, store)
+    rows = read_rows(rows_file) if rows_file is not None else test_rows(trained_by, progress)
+    chosen = list(dict.fromkeys(targets)) or list(TARGETS)
+    results = []
+    with case_of(package, rows, install, timeout_s) as case:
+        with progress.stage("conform", len(chosen), "targets") as bar:
+            for name in chosen:
+                results.append(conform(case, name))
+                progress.note(f"{name}: {results[-1].state} {results[-1].reason}".rstrip())
+                bar.advance()
+        check_manifest(package)  # a target that wrote into the package would have changed it
+        found = Conformance(
+            str(metadata_of(package).get("name") or package.name),
+            case.task,
+            manifest_digest(package),
+            datetime.now().astimezone().isoformat(timespec="seconds"),
+            len(case.rows),
+            {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+            results,
+        )
+    keep(found, model, package, store)
+    return found
+
+
+def opened(model: str, store: str | None = None) -> tuple[Path, Run | None]:
+    """The package that `model` names, and the run that it lies in. Raises PackageError where it is not what was
+    written.
+    """
+    run = None
+    if model.startswith(REFERENCE):
+        package = fetched(model, store)
+        if not (package / "MLmodel").is_file():
+            raise PackageError(f"{model} is no package of Ingot's (no MLmodel); register one: ingot models register")
+    else:
+        package, run = package_of(Path(model))
+    check_manifest(package)
+    return package.resolve(), run
+
+
+@contextmanager
+def case_of(package: Path, further: list[Record], install: bool, timeout_s: float) -> Iterator[Case]:
+    """What targets are asked about `package`: its example, and further rows."""
+    base = _base_of(package / "model")
+    runtime = Runtime.load(package / "model", "cpu")
+    rows = [_strings(runtime.about["example"]), *further]
+    expected = [json.loads(json.dumps(runtime.answer([row])[0])) for row in rows]
+    about = {"new_tokens": runtime.default_new_tokens}
+    verified = package / "verification.json"
+    trained = json.loads(verified.read_text(encoding="utf-8")).get("answer") if verified.is_file() else None
+    task = runtime.task
+    del runtime  # before others load it too
+    scratch = Path(tempfile.mkdtemp(prefix="ingot-conform-"))
+    try:
+        yield Case(package, task, rows, expected, scratch, trained, install, timeout_s, about, base)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _base_of(folder: Path) -> Path | None:
+    """The base of an adapter, None for a whole model. Raises PackageError where it is not here, or is another one."""
+    if not is_packaged_adapter(folder):
+        return None
+    try:
+        return find_base(folder).resolve()
+    except (OSError, ValueError) as error:
+        raise PackageError(str(error)) from error
+
+
+def test_rows(run: Run | None, progress: Progress) -> list[Record]:
+    """Rows that a run was measured on, as its packages are asked them; none where its data are gone."""
+    if run is None:
+        return []
+    try:
+        return [_strings(row) for row in examples_with_answers(run)[0]]
+    except IngotError as error:
+        progress.note(f"only the example is asked, not the run's test rows: {error}")
+        return []
+
+
+def read_rows(path: Path) -> list[Record]:
+    """Rows of input columns from JSON lines. Raises DataError with the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("--rows", str(path), f"cannot be read ({error})") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not row:
+            raise DataError("--rows", f"{path}:{number}", "write one JSON object of input columns a line")
+        found.append(_strings(row))
+    if len(found) > MOST_ROWS:
+        raise DataError(
+            "--rows", str(path), f"holds {len(found)} rows: write at most {MOST_ROWS}, every target is asked"
+        )
+    return found
+
+
+def _strings(row: Record) -> Record:
+    """Columns as signatures have them: what is nested becomes JSON."""
+    return {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+        for name, value in row.items()
+    }
+
+
+def keep(found: Conformance, model: str, package: Path, store: str | None) -> Path | None:
+    """Write the results beside the package's folder (in a run: the run's), with earlier ones of other targets on the
+    same files; those of a registered version become its tags. Returns the file.
+    """
+    if model.startswith(REFERENCE):
+        registry = open_registry(store)
+        said = {f"{CONFORM}{it.target}": f"{it.state} {found.at[:10]} {it.reason}".strip() for it in found.results}
+        registry.tag(find(registry, model), said)
+        return None
+    path = package.with_name(f"{package.name}.conformance.json")
+    record = found.as_dict()
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("manifest") == found.manifest:
+            asked = {it.target for it in found.results}
+            record["results"] = [it for it in before["results"] if it["target"] not in asked] + record["results"]
+    write_json(path, record)
+    return path
+
+
+def report(found: Conformance, path: Path) -> None:
+    """Write the results as one HTML page."""
+    path.write_text(pages.render(TEMPLATE, {}, it=found, passed=found.passed), encoding="utf-8")

@@ -1,0 +1,140 @@
+"""What a server serves: models by name, adapters over one of them, versions behind a name. Loads it all."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ingot.errors import ServeError
+from ingot.model.adapted import is_packaged_adapter
+from ingot.model.runtime import WRITING, Runtime
+from ingot.model.side_by_side import side_by_side
+from ingot.serving.continuous import free_tokens
+from ingot.serving.deployments import Deployed, Deployments
+from ingot.serving.endpoint_file import NAME, EndpointSection
+from ingot.serving.engine import Limits, Meter
+from ingot.serving.engines import start_engine
+from ingot.serving.replay import Stored
+from ingot.serving.versions import Versioned
+from ingot.serving.weights import Weights
+
+LEAST_TOKENS = 1024  # of keys and values for each of several models
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model's folder, and what it is to be called. `stored`: rows that it must answer as stored."""
+
+    folder: Path
+    name: str | None = None
+    stored: Sequence[Stored] = ()
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """`models`: the first answers requests that name none. `adapters`: name -> peft folder, over the only model.
+    `versions`: version -> target, of `endpoint`; `weights`: where its decisions are kept.
+    """
+
+    models: tuple[Target, ...] = ()
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    endpoint: EndpointSection | None = None
+    versions: Mapping[str, Target] = field(default_factory=dict)
+    weights: Path | None = None
+
+
+def find_model_folder(target: Path) -> Path:
+    """A package, a run folder (its package, else its merged model) or a Hugging Face folder -> the latter."""
+    candidates = [target, target / "model", target / "package" / "model", *sorted(target.glob("package/*/model"))]
+    # A run folder has both: the package is what was verified.
+    for folder in [*candidates[2:], *candidates[:2]]:
+        if (folder / "config.json").is_file() or is_packaged_adapter(folder):
+            return folder
+    what = "no such folder" if not target.exists() else "holds no packaged model, no model/ and no config.json"
+    raise ServeError("MODEL", str(target), f"{what}; give a package, a run folder or a Hugging Face folder")
+
+
+def name_of(target: Path) -> str:
+    """The model's public name: as its package says, else the folder's."""
+    found = find_model_folder(target)
+    place = found.parent if found.name == "model" else found
+    for package in (place, place.parent):
+        if (package / "MLmodel").is_file():
+            import yaml
+
+            metadata = yaml.safe_load((package / "MLmodel").read_text(encoding="utf-8")).get("metadata") or {}
+            return str(metadata.get("name") or package.name)
+    return place.resolve().name
+
+
+def named_models(fleet: Fleet) -> dict[str, Target]:
+    """Public name -> model, adapters and the endpoint left out. Raises ServeError for a name that is given twice."""
+    taken = [*fleet.adapters, *([fleet.endpoint.name] if fleet.endpoint is not None else [])]
+    found: dict[str, Target] = {}
+    for target in fleet.models:
+        name = target.name or name_of(target.folder)
+        if name in found or name in taken:
+            raise ServeError("MODEL", str(target.folder), f"something else here is called {name!r}; write NAME=MODEL")
+        find_model_folder(target.folder)
+        found[name] = target
+    if len(set(taken)) < len(taken):
+        raise ServeError("--adapter", taken[-1], "something else here is called that; give it another name")
+    if fleet.adapters and len(found) != 1:
+        fix = f"adapters go over one model, and {len(found)} are given; start a server for each base"
+        raise ServeError("--adapter", next(iter(fleet.adapters)), fix)
+    for name in fleet.adapters:
+        if not re.fullmatch(NAME, name):
+            raise ServeError("--adapter", name, "a name is of letters, digits, '.', '_' and '-'")
+    return found
+
+
+def load(target: Path) -> Runtime:
+    """The model of a target. Raises ServeError."""
+    folder = find_model_folder(target)
+    try:
+        return Runtime.load(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ServeError("MODEL", str(target), f"the model in {folder} does not load: {error}") from error
+
+
+def deploy(
+    fleet: Fleet, limits: Limits, meter: Callable[[str], Meter]
+) -> tuple[Deployments, dict[Deployed, Sequence[Stored]]]:
+    """Load everything and start its engines: (what is served, rows to prove it by). `meter`: of a model's name.
+
+    Raises ServeError, and ModelError for an adapter that cannot stand beside others.
+    """
+    models = named_models(fleet)
+    loaded = {name: load(target.folder) for name, target in models.items()}
+    versions = {name: load(target.folder) for name, target in fleet.versions.items()}
+    adapted: dict[str, Runtime] = {}
+    if fleet.adapters:
+        [(base, runtime)] = loaded.items()
+        loaded[base], adapted = side_by_side(runtime, dict(fleet.adapters))
+    limits = _shared(limits, [*loaded.values(), *adapted.values(), *versions.values()])
+
+    def deployed(name: str, runtime: Runtime, told: str, parent: str | None = None) -> Deployed:
+        return Deployed(name, start_engine(runtime, limits, meter(told)), parent)
+
+    served: list[Any] = []
+    stored: dict[Deployed, Sequence[Stored]] = {}
+    if fleet.endpoint is not None:
+        name = fleet.endpoint.name
+        of = {version: deployed(name, it, f"{name}@{version}") for version, it in versions.items()}
+        served.append(Versioned(fleet.endpoint, of, None if fleet.weights is None else Weights(fleet.weights)))
+        stored |= {of[version]: target.stored for version, target in fleet.versions.items()}
+    for name, runtime in loaded.items():
+        served.append(deployed(name, runtime, name))
+        stored[served[-1]] = models[name].stored
+    served += [deployed(name, runtime, name, next(iter(loaded))) for name, runtime in adapted.items()]
+    return Deployments(*served), stored
+
+
+def _shared(limits: Limits, runtimes: Sequence[Runtime]) -> Limits:
+    """Each engine takes a quarter of the free memory for keys and values: of several, each takes its share of that."""
+    writing = [runtime for runtime in runtimes if runtime.task in WRITING]
+    if limits.cache_tokens is not None or len(writing) < 2:
+        return limits
+    least = min(free_tokens(runtime.model) for runtime in writing)
+    return replace(limits, cache_tokens=max(LEAST_TOKENS, least // len(writing)))

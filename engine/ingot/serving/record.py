@@ -1,0 +1,36 @@
+"""What is known of the HTTP request that is being answered: for its log line, its limits and its deadline."""
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Record:
+    """One request. Never holds a part of its input. `until`: the deadline by `time.monotonic`;
+    `hurried`: the caller asked for an earlier one than the server's.
+    """
+
+    id: str = ""
+    route: str = ""
+    model: str = ""
+    key: str = ""
+    began: float = field(default_factory=time.monotonic)
+    until: float | None = None
+    hurried: bool = False
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    cause: str = ""
+
+
+_current: ContextVar[Record | None] = ContextVar("ingot_request", default=None)
+
+
+def begin(record: Record) -> None:
+    """Make `record` that of everything that this task goes on to do."""
+    _current.set(record)
+
+
+def current() -> Record:
+    """The record of the request that this task answers; one that nobody reads outside of a request."""
+    return _current.get() or Record()

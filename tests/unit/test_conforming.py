@@ -1,0 +1,193 @@
+"""`ingot conform`: what is asked, where results are kept, how it ends; and, slowly, every target that installs here."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ingot import conforming, registering
+from ingot.cli import app
+from ingot.conformance import targets
+from ingot.conformance.case import Case, Unavailable
+from ingot.conformance.targets import TARGETS
+from ingot.errors import DataError, PackageError
+from ingot.model.runtime import Runtime
+from ingot.packaging.bundle import add_file, package_model
+
+CACHE = os.environ.get("INGOT_CACHE")  # before the tests' own
+
+
+def good(case: Case) -> Iterator[Any]:
+    yield "form", case.expected
+
+
+def bad(case: Case) -> Iterator[Any]:
+    yield "<form>", [dict.fromkeys(record, "other") for record in case.expected]
+
+
+def absent(case: Case) -> Iterator[Any]:
+    raise Unavailable("nobody <b>installed</b> it")
+    yield
+
+
+def writing(case: Case) -> Iterator[Any]:
+    (case.package / "README.md").write_text("written")
+    yield "form", case.expected
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, function in {"good": good, "bad": bad, "absent": absent, "writing": writing}.items():
+        monkeypatch.setattr(targets, name, function, raising=False)
+        monkeypatch.setitem(TARGETS, name, f"ingot.conformance.targets:{name}")
+
+
+@pytest.fixture
+def package(head_folder: Path, tmp_path: Path) -> Path:
+    return packaged(head_folder, tmp_path / "package", "text-classification", {"text": "Hello!"})
+
+
+def packaged(folder: Path, out: Path, task: str, example: dict[str, str]) -> Path:
+    answer = Runtime.load(folder).answer([example])[0]
+    package_model(folder, out, name="tiny", task=task, example_input=example, metadata={}, license=None)
+    add_file(out, "verification.json", {"answer": answer})
+    return out
+
+
+def ingot(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, ["conform", *map(str, arguments)], env={"COLUMNS": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_results_are_kept_beside_the_package(package: Path, planted: None) -> None:
+    assert ingot(package, "-t", "good", "-t", "absent").exit_code == 0
+    assert ingot(package, "-t", "bad").exit_code == 1
+    kept = json.loads(package.with_name("package.conformance.json").read_text())
+    assert [(it["target"], it["state"]) for it in kept["results"]] == [
+        ("good", "passed"),
+        ("absent", "skipped"),
+        ("bad", "failed"),
+    ]
+    assert not (package / "package.conformance.json").exists()
+    assert ingot(package, "-t", "absent").exit_code == 1  # nothing ran: nothing is proved
+
+
+def test_results_of_other_files_are_forgotten(package: Path, planted: None, head_folder: Path) -> None:
+    ingot(package, "-t", "bad")
+    packaged(head_folder, package, "text-classification", {"text": "Another"})
+    ingot(package, "-t", "good")
+    kept = json.loads(package.with_name("package.conformance.json").read_text())
+    assert [it["target"] for it in kept["results"]] == ["good"]
+
+
+def test_a_package_that_changed_is_refused_before_and_after(package: Path, planted: None) -> None:
+    with pytest.raises(PackageError, match="changed after packaging"):
+        conforming.run(str(package), ["writing"])
+    refused = ingot(package, "-t", "good")
+    assert refused.exit_code == 1 and "README.md changed" in refused.stderr
+
+
+def test_further_rows_are_asked(package: Path, planted: None, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n{"text": "two"}\n')
+    found = json.loads(ingot(package, "-t", "good", "--rows", rows, "--json").stdout)
+    assert (found["rows"], found["passed"]) == (3, True)
+    rows.write_text('{"text": "one"}\n' * 21)
+    assert "write at most 20" in ingot(package, "-t", "good", "--rows", rows).stderr
+    rows.write_text('{"text": "one"}\nno json\n')
+    refused = ingot(package, "-t", "good", "--rows", rows)
+    assert refused.exit_code == 2 and f"{rows}:2" in refused.stderr
+
+
+def test_a_run_is_asked_its_test_rows(package: Path, planted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [{"text": "a test row"}]
+
+    def stored(run: object) -> Any:
+        if not asked:
+            raise DataError("data.test", "rows.jsonl", "is gone")
+        return asked, []
+
+    monkeypatch.setattr(conforming, "package_of", lambda path: (path, object()))
+    monkeypatch.setattr(conforming, "examples_with_answers", stored)
+    assert conforming.run(str(package), ["good"]).rows == 2
+    asked.clear()
+    assert conforming.run(str(package), ["good"]).rows == 1
+
+
+def test_the_page_escapes_what_targets_say(package: Path, planted: None, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    ingot(package, "-t", "absent", "-t", "bad", "-t", "good", "--report", page)
+    text = page.read_text()
+    assert "nobody &lt;b&gt;installed&lt;/b&gt; it" in text and "<form>" not in text
+    assert "1 of 2 targets that ran passed, 1 skipped" in text
+
+
+def test_wrong_arguments_are_one_line(package: Path, tmp_path: Path) -> None:
+    unknown = ingot(package, "-t", "pyfunk")
+    assert unknown.exit_code == 2 and "did you mean 'pyfunc'?" in unknown.stderr
+    assert "no MLmodel" in ingot(tmp_path / "nothing", "-t", "pyfunc").stderr
+    assert "does not exist" in ingot(package, "-t", "pyfunc", "--report", tmp_path / "no" / "page.html").stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # of mlflow, about its own databases
+def test_a_registered_version_is_tagged(
+    package: Path, planted: None, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    registry = registering.open_registry()
+    made, _ = registering.register(registry, package)
+    assert ingot(made.uri, "-t", "good", "-t", "absent").exit_code == 0
+    said = registry.version("tiny").as_dict()["conformance"]
+    assert said["good"].startswith("passed 20") and said["absent"].startswith("skipped")
+
+
+def test_every_target_has_a_function() -> None:
+    from ingot.registry import resolve
+
+    assert all(callable(resolve(TARGETS, "--target", name)) for name in TARGETS)
+
+
+@pytest.fixture
+def kept_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environments of other packages outlive this session: making one takes up to two minutes."""
+    if CACHE is None:
+        monkeypatch.delenv("INGOT_CACHE", raising=False)
+    else:
+        monkeypatch.setenv("INGOT_CACHE", CACHE)
+
+
+REAL = "mlflow-serve mlflow-client openai-client batch azure-server mlserver spark_udf ray-serve".split()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", REAL)
+def test_targets_that_install_here_answer_the_same(
+    request: pytest.FixtureRequest, kept_environments: None, tmp_path: Path, target: str
+) -> None:
+    chat = target in ("openai-client", "mlflow-serve", "mlserver")
+    folder = request.getfixturevalue("chat_folder" if chat else "head_folder")
+    task, example = ("chat-completion", {"input_string": "Hello!"}) if chat else ("text-classification", {"text": "Hi"})
+    place = packaged(folder, tmp_path / "package", task, example)
+    [found] = conforming.run(str(place), [target]).results
+    if found.state == "skipped":
+        pytest.skip(found.reason)
+    assert (found.state, found.reason) == ("passed", "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_fresh_environment_made_from_the_packages_requirements_answers_the_same(
+    package: Path, kept_environments: None
+) -> None:
+    [found] = conforming.run(str(package), ["pyfunc-env"], timeout_s=600).results
+    if found.state == "skipped":
+        pytest.skip(found.reason)
+    assert (found.state, found.reason) == ("passed", "")
