@@ -1,13 +1,15 @@
-"""What benchmarks share: this machine and its versions, its peak, a process of one's own, medians."""
+"""What benchmarks share: this machine and its versions, its peak, a process of one's own, medians, reports."""
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "numpy")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "mlflow", "fastapi", "uvicorn")
 
 
 def machine() -> dict[str, Any]:
@@ -64,6 +66,33 @@ def gemm_peak(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, and the lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+class Refused(Exception):
+    """A contender does not compute what it should: its speed means nothing."""
+
+
+def reported(
+    run: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    args: argparse.Namespace,
+    table: Callable[[dict[str, Any]], str],
+) -> dict[str, Any] | None:
+    """`run` in `args.work` or a temporary folder; its report as `args.out`, and as a table beside it (.md) and on the
+    screen. None, and the reason on standard error, where it raises Refused or RuntimeError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        work = args.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            report = run(args, work)
+        except (Refused, RuntimeError) as refusal:
+            print(f"refused: {refusal}", file=sys.stderr)
+            return None
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    args.out.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    print(table(report))
+    return report
 
 
 def run_alone(script: Path, spec: dict[str, Any], out: Path, threads: int, limit_seconds: int = 600) -> dict[str, Any]:

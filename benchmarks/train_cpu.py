@@ -12,7 +12,6 @@ Writes FILE.json, and beside it a table (.md) and a plot (.png).
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from cpu_work import encode, prepare
-from harness import gemm_peak, machine, run_alone, summary
+from harness import Refused, gemm_peak, machine, reported, run_alone, summary
 from transformers import AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -36,10 +35,6 @@ TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (5e-3, 5e-2)}
 FINAL_TOLERANCE = 0.02
 GOALS = {"e2e": 1.4, "mixed": 2.0}  # times TRL's faster mode
 MEMORY_GOAL = 0.7
-
-
-class Refused(Exception):
-    """A contender does not compute what it should: its speed means nothing."""
 
 
 def check_first(name: str, precision: str, first: dict[str, float]) -> None:
@@ -225,19 +220,10 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     args = parsed(words)
-    with tempfile.TemporaryDirectory() as folder:
-        work = args.work or Path(folder)
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            report = run(args, work)
-        except (Refused, RuntimeError) as refusal:
-            print(f"refused: {refusal}", file=sys.stderr)
-            return 1
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    report = reported(run, args, table)
+    if report is None:
+        return 1
     draw(report, args.out.with_suffix(".png"))
-    print(table(report))
     return 0
 
 

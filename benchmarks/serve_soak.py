@@ -1,0 +1,204 @@
+"""What an overloaded endpoint does: twice the requests that it can answer, clients that leave or read slowly.
+
+    python benchmarks/serve_soak.py [--out FILE.json] [--minutes 10] [--leavers 1000] [--work FOLDER] [--quick]
+
+Serves the causal model of `serve.py` with `ingot serve`, measures what it answers with 16 clients, then sends twice as
+much, whether answers come or not. Every request must be answered rightly, or refused with 429 or 503 and Retry-After;
+memory must stay; afterwards everybody is answered again. Otherwise the exit status is 1.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from harness import Refused, machine
+from serve import ANSWER_SECONDS, LOADS, drive, memory, served
+from serve_work import FULL, QUICK, Size, expected, prepare, writing
+
+HERE = Path(__file__).resolve().parent
+REFUSALS = (429, 503)
+GROWTH = 1.10  # of memory, from the first minute of the overload to its end
+
+
+async def overload(
+    client: httpx.AsyncClient, requests: Sequence[dict[str, Any]], rate: float, seconds: float, process: int
+) -> dict[str, Any]:
+    """Send `rate` requests a second, whether answers come or not."""
+    told: Counter[str] = Counter()
+    latencies: list[float] = []
+    held: list[tuple[float, int]] = []
+    running: set[asyncio.Task[None]] = set()
+
+    async def one(request: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        try:
+            answer = await client.post("/v1/completions", json=request | {"temperature": 0.0})
+        except httpx.HTTPError as error:
+            told[type(error).__name__] += 1
+            return
+        if answer.status_code == 200:
+            latencies.append(time.perf_counter() - began)
+            right = answer.json()["choices"][0]["text"].split() == expected(request).split()
+            told["right" if right else "wrong"] += 1
+        elif answer.status_code in REFUSALS and "retry-after" in answer.headers:
+            told[f"refused {answer.status_code}"] += 1
+        else:
+            told[f"status {answer.status_code}"] += 1
+
+    started = time.monotonic()
+    sent = 0
+    while (now := time.monotonic() - started) < seconds:
+        if not held or now - held[-1][0] >= 5:
+            held.append((now, max(memory(process, "VmRSS"))))  # of the process with the model
+        while sent < now * rate:
+            task = asyncio.create_task(one(requests[sent % len(requests)]))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            sent += 1
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*running)
+    settled = [size for at, size in held if at >= min(60.0, seconds / 3)]
+    return {
+        "sent": sent,
+        "rate": rate,
+        "told": dict(told),
+        "p95": sorted(latencies)[int(0.95 * (len(latencies) - 1))] if latencies else None,
+        "memory_first": settled[0],
+        "memory_last": settled[-1],
+        "memory_peak": max(size for _, size in held),
+    }
+
+
+async def leaving(client: httpx.AsyncClient, requests: Sequence[dict[str, Any]], count: int) -> int:
+    """Clients that leave: half while they wait, half after the first piece of a stream. How many got so far."""
+
+    async def one(number: int) -> bool:
+        body = requests[number % len(requests)] | {"temperature": 0.0}
+        with contextlib.suppress(httpx.HTTPError, TimeoutError):
+            async with asyncio.timeout(0.2 + (number % 7) / 10):
+                if number % 2:
+                    await client.post("/v1/completions", json=body)
+                else:
+                    async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+                        async for _ in answer.aiter_bytes():
+                            return True
+            return False
+        return True
+
+    left = 0
+    for start in range(0, count, 50):
+        left += sum(await asyncio.gather(*(one(number) for number in range(start, min(count, start + 50)))))
+    return left
+
+
+async def slowly(port: int, request: dict[str, Any], readers: int, others: Callable[[], Awaitable[float]]) -> float:
+    """Seconds that others wait while `readers` clients of streams read nothing of what is sent to them."""
+    body = json.dumps(request | {"temperature": 0.0, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    writers = []
+    for _ in range(readers):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(head.encode() + b"\r\n\r\n" + body)
+        await writer.drain()
+        writers.append(writer)
+    try:
+        return await others()
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+async def soak(url: str, process: int, folder: Path, size: Size, args: argparse.Namespace) -> dict[str, Any]:
+    """All of it, in turn; numbers. Raises Refused."""
+    requests = writing(size, 256, seed=1)
+    load = LOADS["causal_16"]
+    seconds, _, _ = await drive(url, "ingot", load, folder, requests[: 32 if args.quick else 96])
+    rate = (32 if args.quick else 96) / seconds
+    print(f"16 clients: {rate:.2f} requests/s; now twice that for {args.minutes:g} min", flush=True)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS, limits=limits, trust_env=False) as client:
+
+        async def answered() -> float:
+            began = time.perf_counter()
+            for request in requests[:4]:
+                answer = await client.post("/v1/completions", json=request | {"temperature": 0.0})
+                if answer.status_code != 200:
+                    raise Refused(f"afterwards: {answer.status_code}")
+                if answer.json()["choices"][0]["text"].split() != expected(request).split():
+                    raise Refused("afterwards: a wrong answer")
+            return time.perf_counter() - began
+
+        over = await overload(client, requests, 2 * rate, args.minutes * 60, process)
+        print(f"overload: {over}", flush=True)
+        after_overload = await answered()
+        left = await leaving(client, requests, args.leavers)
+        after_leaving = await answered()
+        print(f"{left} of {args.leavers} left; then 4 requests in {after_leaving:.2f} s", flush=True)
+        after_slow = await slowly(int(url.rsplit(":", 1)[1]), requests[0], 8, answered)
+        ready = (await client.get("/ready")).status_code
+    return {
+        "sustainable_requests_per_second": rate,
+        "overload": over,
+        "leavers": {"count": args.leavers, "left": left},
+        "four_requests_seconds": {
+            "after_overload": after_overload,
+            "after_leaving": after_leaving,
+            "beside_slow_readers": after_slow,
+        },
+        "ready": ready,
+    }
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """What must not be."""
+    over = found["overload"]
+    wrong = {what: count for what, count in over["told"].items() if what != "right" and not what.startswith("refused ")}
+    said = [f"{count} requests: {what}" for what, count in wrong.items()]
+    if sum(over["told"].values()) != over["sent"]:
+        said.append(f"{over['sent']} requests were sent and {sum(over['told'].values())} ended")
+    if over["memory_last"] > GROWTH * over["memory_first"]:
+        said.append(f"memory grew from {over['memory_first']:,} to {over['memory_last']:,} bytes")
+    if found["ready"] != 200:
+        said.append(f"/ready says {found['ready']} afterwards")
+    return said
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "results/serve_soak.json")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--leavers", type=int, default=1000)
+    parser.add_argument("--work", type=Path, help="keep what is made here instead of in a temporary folder")
+    parser.add_argument("--quick", action="store_true", help="a tiny model")
+    args = parser.parse_args(words)
+    size = QUICK if args.quick else FULL
+    with tempfile.TemporaryDirectory() as folder:
+        work = args.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        if not (work / "mlflow-encoder/MLmodel").is_file():
+            prepare(work, size)
+        try:
+            with served("ingot", "causal", work, work / "soak.log") as (url, process):
+                found = asyncio.run(soak(url, process, work, size, args))
+        except (Refused, RuntimeError) as refusal:
+            print(f"refused: {refusal}", file=sys.stderr)
+            return 1
+    report = {"machine": machine(), "settings": size._asdict() | {"minutes": args.minutes}} | found
+    report["faults"] = faults(found)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+    return 1 if report["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

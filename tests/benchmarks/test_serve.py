@@ -1,0 +1,87 @@
+"""The serving benchmark: what it refuses, that all contenders answer rightly at a tiny size, and what an overload is
+held to. No speed is asserted.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+NAMES = ("serve", "serve_soak", "serve_work")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[dict[str, ModuleType]]:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def ran(speed: float, said: list[str]) -> dict[str, Any]:
+    return {"requests_per_second": speed, "p50": 1 / speed, "p95": 2 / speed, "peak_memory": 5, "said": said}
+
+
+def test_ratios_are_within_a_round(bench: dict[str, ModuleType]) -> None:
+    found = bench["serve"].cell(
+        "encoder_16",
+        {"ingot": [ran(8, ["glad"]), ran(20, ["glad"])], "mlflow": [ran(2, ["glad"]), ran(2, ["glad"])]},
+    )
+    assert found["ratio"] == {"mlflow": 7.0}
+    assert found["spread"] == {"mlflow": [4.0, 10.0]}
+    assert found["p95"] == {"ingot": pytest.approx((0.25 + 0.1) / 2), "mlflow": 1.0}
+
+
+def test_another_answer_is_refused(bench: dict[str, ModuleType]) -> None:
+    with pytest.raises(bench["serve"].Refused, match="request 1 is answered 'sad'"):
+        bench["serve"].cell("encoder_16", {"ingot": [ran(1, ["a", "sad"])], "mlflow": [ran(1, ["a", "glad"])]})
+
+
+def test_the_chain_goes_on_behind_the_prompt(bench: dict[str, ModuleType]) -> None:
+    work = bench["serve_work"]
+    assert work.expected({"prompt": "w9 w254", "max_tokens": 3}) == "w255 Question:256 w257"
+    for request in work.writing(work.QUICK, 50):
+        assert int(request["prompt"].split()[-1].removeprefix("w")) + request["max_tokens"] < work.QUICK.vocabulary
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"told": {"right": 9, "wrong": 1}}, "1 requests: wrong"),
+        ({"told": {"right": 8, "status 500": 2}}, "2 requests: status 500"),
+        ({"told": {"right": 8, "ReadError": 2}}, "2 requests: ReadError"),
+        ({"told": {"right": 9}}, "10 requests were sent and 9 ended"),
+        ({"memory_last": 121}, "memory grew from 100 to 121 bytes"),
+    ],
+)
+def test_faults_of_an_overload(bench: dict[str, ModuleType], change: dict[str, Any], words: str) -> None:
+    over = {"sent": 10, "told": {"right": 6, "refused 503": 4}, "memory_first": 100, "memory_last": 109}
+    assert bench["serve_soak"].faults({"overload": over, "ready": 200}) == []
+    assert bench["serve_soak"].faults({"overload": over | change, "ready": 200}) == [words]
+
+
+@pytest.mark.slow
+def test_every_contender_answers_rightly(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    out = tmp_path / "serve.json"
+    assert bench["serve"].main(["--quick", "--rounds", "1", "--work", str(tmp_path), "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert set(report["ratio"]) == {"causal_16", "causal_64", "encoder_16", "encoder_64"}
+    assert set(report["ratio"]["causal_64"]) == {"mlflow", "transformers"}
+    assert "causal_16" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+def test_an_overload_is_survived(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    words = ["--quick", "--minutes", "0.2", "--leavers", "60", "--work", str(tmp_path)]
+    out = tmp_path / "soak.json"
+    assert bench["serve_soak"].main([*words, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["overload"]["told"]["right"] > 0
