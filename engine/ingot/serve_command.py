@@ -60,6 +60,7 @@ def serve(
         ),
     ] = None,
     max_body: Annotated[int, typer.Option(help="Most bytes of a request's body.", min=1024)] = 4 * 1024 * 1024,
+    body_timeout: Annotated[float, typer.Option(help="Seconds for a request's body to arrive.", min=0.1)] = 60.0,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Lines on standard error, one a request.")
     ] = "text",
@@ -120,6 +121,7 @@ def serve(
             deadline_s=deadline,
             drain_s=drain,
             max_body_bytes=max_body,
+            body_s=body_timeout,
             log_format=log_format,
             admin_key=key,
         )

@@ -32,13 +32,15 @@ PORT = re.compile(r":\d*$")
 LEFT = 499  # no status of HTTP's: nobody reads it but the log
 GRACE_S = 5.0  # beyond its deadline, that an answer has to say so
 MAX_BODY_BYTES = 4 * 1024 * 1024
+BODY_S = 60.0  # for a whole body to arrive
 log = logging.getLogger("ingot.serve")
 
 
 @dataclass(frozen=True)
 class Rules:
     """What a request may be. Limits in a minute are for each key that has none of its own. `deadline_s`: the most that
-    a request may take, unless its X-Request-Timeout says less. `local`: only requests to a loopback name are answered.
+    a request may take, unless its X-Request-Timeout says less; `body_s`: its body. `local`: only requests to a loopback
+    name are answered.
     """
 
     keys: Keyring = field(default_factory=Keyring)
@@ -46,6 +48,7 @@ class Rules:
     tokens_per_minute: int | None = None
     deadline_s: float | None = 600.0
     max_body_bytes: int = MAX_BODY_BYTES
+    body_s: float = BODY_S
     local: bool = False
 
 
@@ -145,12 +148,12 @@ class Gate:
         return self._quotas[name]
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, record: Record) -> bytes | None:
-        """The body, never more than allowed; None: the client has left. Raises ApiError: 413, 408 past the deadline."""
+        """The body, never more than allowed; None: the client has left. Raises ApiError: 413, 408 past its deadline."""
         most, declared, body = self.rules.max_body_bytes, headers.get(b"content-length", b"0"), bytearray()
         too_long = declared.isdigit() and int(declared) > most
-        more = not too_long
+        more, until = not too_long, record.began + self.rules.body_s
         try:
-            async with asyncio.timeout(None if record.until is None else record.until - time.monotonic()):
+            async with asyncio.timeout(min(until, record.until or math.inf) - time.monotonic()):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -160,7 +163,7 @@ class Gate:
                     if len(body) > most:
                         too_long, more = True, False
         except TimeoutError:
-            record.cause = "deadline"
+            record.cause = "body"
             raise ApiError(408, "the body did not arrive in time", "timeout_error") from None
         if too_long:
             record.cause = "body"

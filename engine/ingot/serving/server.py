@@ -21,10 +21,11 @@ from ingot.errors import ServeError
 from ingot.model.runtime import WRITING
 from ingot.serving.app import WARM_UP_S, create_app
 from ingot.serving.channel import Parent
+from ingot.serving.connection import Patient
 from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.engine import Limits
 from ingot.serving.fleet import Fleet, Target, deploy
-from ingot.serving.gate import MAX_BODY_BYTES, Rules
+from ingot.serving.gate import BODY_S, MAX_BODY_BYTES, Rules
 from ingot.serving.keys import KEY_VARIABLE, Keyring
 from ingot.serving.listening import bind, keyring, url_of
 from ingot.serving.logs import Format, write_logs
@@ -41,7 +42,7 @@ log = logging.getLogger("ingot.serve")
 @dataclass(frozen=True)
 class Options:
     """How a model is served. Limits in a minute are for each key that has none of its own. `drain_s`: what runs has so
-    long to end after SIGTERM; `deadline_s`: every request, which may ask for less.
+    long to end after SIGTERM; `deadline_s`: every request, which may ask for less; `body_s`: its body to arrive.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -51,6 +52,7 @@ class Options:
     deadline_s: float | None = 600.0
     drain_s: float = 30.0
     max_body_bytes: int = MAX_BODY_BYTES
+    body_s: float = BODY_S
     log_format: Format = "text"
     admin_key: str | None = field(default=None, repr=False)
 
@@ -114,11 +116,13 @@ def make_server(
 ) -> DrainingServer:
     """A server over engines that have been started; `stored` and `started` as `create_app` takes them."""
     minute = options.requests_per_minute, options.tokens_per_minute
-    rules = Rules(ring, *minute, options.deadline_s, options.max_body_bytes, local=ring.open)
+    rules = Rules(ring, *minute, options.deadline_s, options.max_body_bytes, options.body_s, local=ring.open)
     config = uvicorn.Config(
         create_app(
             deployments, rules=rules, metrics=metrics, admin_key=options.admin_key, stored=stored, started=started
         ),
+        http=Patient,
+        ws="none",
         log_level="warning",
         access_log=False,  # the gate writes a line a request
         timeout_graceful_shutdown=10,
