@@ -11,6 +11,7 @@ from ingot.serve_options import (
     Adapters,
     AdminRoutes,
     EndpointName,
+    HungAfter,
     MirrorTo,
     Models,
     Replay,
@@ -72,6 +73,7 @@ def serve(
     replay: Replay = 0,
     admin: AdminRoutes = False,
     supervise: Supervise = True,
+    hung_after: HungAfter = 30.0,
     override: Override = None,
     debug: Debug = False,
 ) -> None:
@@ -102,7 +104,7 @@ def serve(
 
         parent, key = Parent.from_environment(), admin_key(admin)
         if parent is None and supervise and os.name == "posix":
-            raise typer.Exit(supervised(host, port, keys, log_format, drain))
+            raise typer.Exit(supervised(host, port, keys, log_format, drain, hung_after))
         from ingot import verbs
         from ingot.serving.engine import Limits
 

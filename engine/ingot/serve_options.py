@@ -66,6 +66,14 @@ AdminRoutes = Annotated[
 Supervise = Annotated[
     bool, typer.Option("--supervise/--no-supervise", help="Start the serving process again when it dies.")
 ]
+HungAfter = Annotated[
+    float,
+    typer.Option(
+        "--hung-after",
+        help="Seconds without a sign of life until the serving process is killed and started again.",
+        min=1,
+    ),
+]
 
 
 def admin_key(wanted: bool) -> str | None:
@@ -95,7 +103,7 @@ def refusing(parent: "Parent | None") -> Iterator[None]:
         raise
 
 
-def supervised(host: str, port: int, keys: Path | None, log_format: Format, drain_s: float) -> int:
+def supervised(host: str, port: int, keys: Path | None, log_format: Format, drain_s: float, hung_s: float) -> int:
     """Run this command again as a child, and keep it alive; the exit status. Raises ServeError and IngotError."""
     from ingot.serving.listening import bind, keyring
     from ingot.serving.logs import write_logs
@@ -105,4 +113,6 @@ def supervised(host: str, port: int, keys: Path | None, log_format: Format, drai
     with bind(host, port) as listener, tempfile.TemporaryDirectory(prefix="ingot-serve-") as folder:
         os.environ[STATE_VARIABLE] = str(Path(folder) / "state.json")
         write_logs(log_format)
-        return supervise([sys.executable, "-m", "ingot", *sys.argv[1:]], listener, drain_s=drain_s + END_S)
+        return supervise(
+            [sys.executable, "-m", "ingot", *sys.argv[1:]], listener, drain_s=drain_s + END_S, hung_s=hung_s
+        )

@@ -42,12 +42,12 @@ def create_app(
     metrics: Metrics | None = None,
     admin_key: str | None = None,
     stored: Mapping[Deployed, Sequence[Stored]] | None = None,
-    started: Callable[[], None] | None = None,
+    started: Callable[[asyncio.AbstractEventLoop], None] | None = None,
 ) -> FastAPI:
     """The application over what is served. `metrics`: those that the engines were given meters of.
 
     `admin_key`: /admin is there, for who sends it. `stored`: rows that a model must answer as stored before it gets
-    requests. `started` is called, and waited for, once requests would be answered.
+    requests. `started` is called with what answers requests, and waited for, once they would be answered.
     """
     routing = Routing(deployments)
     metrics = metrics or Metrics()
@@ -60,7 +60,7 @@ def create_app(
         await asyncio.to_thread(deployments.wait_ready, WARM_UP_S)
         await prove(routing, deployments, stored or {})
         if started is not None:
-            await asyncio.to_thread(started)
+            await asyncio.to_thread(started, asyncio.get_running_loop())
         yield
         deployments.close()
 

@@ -1,5 +1,6 @@
 """Starting and stopping the endpoint: finding the model, the address, the process's signals."""
 
+import asyncio
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ UNWELL_S = 60.0  # without a model at work behind a name: then the process has t
 LOOK_S = 1.0
 END_S = 25.0  # to leave engines and connections behind that do not end by themselves
 log = logging.getLogger("ingot.serve")
+Started = Callable[[asyncio.AbstractEventLoop], None]
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def make_server(
     metrics: Metrics,
     options: Options,
     stored: Mapping[Deployed, Sequence[Stored]] | None = None,
-    started: Callable[[], None] | None = None,
+    started: Started | None = None,
 ) -> DrainingServer:
     """A server over engines that have been started; `stored` and `started` as `create_app` takes them."""
     minute = options.requests_per_minute, options.tokens_per_minute
@@ -134,7 +136,7 @@ def make_server(
 
 
 def _start(
-    fleet: Fleet, ring: Keyring, options: Options, started: Callable[[], None] | None = None
+    fleet: Fleet, ring: Keyring, options: Options, started: Started | None = None
 ) -> tuple[DrainingServer, Deployments]:
     """A server whose models have answered. Raises ServeError."""
     metrics = Metrics()
@@ -175,9 +177,9 @@ def serve(
     try:
         fleet = target if isinstance(target, Fleet) else Fleet((Target(target),))
 
-        def started() -> None:
+        def started(loop: asyncio.AbstractEventLoop) -> None:
             if parent is not None:
-                parent.ready()
+                parent.ready(loop)
                 tell()
 
         def tell() -> None:

@@ -24,6 +24,8 @@ MOST_DEATHS = 5  # while loading, in a row
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 STEADY_S = 60.0  # a child that served so long starts the delays over
 DRAIN_S = 60.0
+HUNG_S, QUESTIONS = 30.0, 3  # a child that answers none of so many questions in so long is killed
+TELLING_S = 1.0  # for it to say where, before that
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HEAD_BYTES, HEAD_S, IDLE_S = 16 * 1024, 5.0, 0.5
 log = logging.getLogger("ingot.serve")
@@ -37,8 +39,11 @@ class Ended:
     ready: bool
     seconds: float
     refused: int | None = None
+    hung: bool = False
 
     def __str__(self) -> str:
+        if self.hung:
+            return "hung and was killed"
         if self.code >= 0:
             return f"ended with exit status {self.code}"
         name = signal.Signals(-self.code).name
@@ -46,7 +51,9 @@ class Ended:
 
 
 class Supervisor:
-    """Keeps a child of `command` behind `listener` until told to stop; `drain_s`: how long the child may finish."""
+    """Keeps a child of `command` behind `listener` until told to stop; `drain_s`: how long the child may finish;
+    `hung_s`: how long it may leave questions unanswered, once it was ready.
+    """
 
     def __init__(
         self,
@@ -54,13 +61,15 @@ class Supervisor:
         listener: socket.socket,
         *,
         drain_s: float = DRAIN_S,
+        hung_s: float = HUNG_S,
         note: Callable[[str], None] = log.info,
     ) -> None:
         self.command, self.listener, self.drain_s, self.note = list(command), listener, drain_s, note
+        self.hung_s = hung_s
         self.child: asyncio.subprocess.Process | None = None
         self.wanted = 0  # signals to stop
         self.state = "loading"
-        self._stop = asyncio.Event()
+        self._stop, self._alive = asyncio.Event(), asyncio.Event()
         self._standin = StandIn(listener, lambda: self.state)
 
     async def run(self) -> int:
@@ -128,6 +137,7 @@ class Supervisor:
         theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
         listening = asyncio.create_task(self._listen(reader, writer))
+        watching = asyncio.create_task(self._watch(writer))
         try:
             dying = asyncio.create_task(self.child.wait())
             await asyncio.wait((dying, asyncio.create_task(self._stop.wait())), return_when=asyncio.FIRST_COMPLETED)
@@ -142,11 +152,37 @@ class Supervisor:
             code = await dying
             ready, refused = await listening  # the child's end is closed
             self._standin.open()
+            hung = watching.done() and not watching.cancelled() and watching.result()
         finally:
             listening.cancel()
+            watching.cancel()
             writer.close()
             self._signal(signal.SIGKILL)
-        return Ended(code, ready, time.monotonic() - started, refused)
+        return Ended(code, ready, time.monotonic() - started, refused, hung)
+
+    async def _watch(self, writer: asyncio.StreamWriter) -> bool:
+        """Ask the child whether it answers, from when it is ready until it is told to stop: True once it is killed for
+        not answering. Not over HTTP: a crowd of connections would hold that up, and is no reason to start it again.
+        """
+        wait_s, missed = self.hung_s / QUESTIONS, 0
+        while missed < QUESTIONS:
+            if self.state != "serving":
+                await asyncio.sleep(min(1.0, wait_s))
+                continue
+            self._alive.clear()
+            writer.write(b"alive?\n")
+            try:
+                await asyncio.wait_for(self._alive.wait(), wait_s)
+            except TimeoutError:
+                missed += 1
+                self.note(f"the serving process has not answered for {missed * wait_s:g} s")
+            else:
+                missed = 0
+                await asyncio.sleep(wait_s)
+        self._signal(signal.SIGUSR1)  # it has every thread say where it is
+        await asyncio.sleep(TELLING_S)
+        self._signal(signal.SIGKILL)
+        return True
 
     async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[bool, int | None]:
         """What the child says until it is gone: (whether it was ready, the status it refuses to go on with)."""
@@ -159,6 +195,8 @@ class Supervisor:
                         self._standin.close()
                         ready, self.state = True, "serving"
                     writer.write(b"go\n")
+                elif word == "alive":
+                    self._alive.set()
                 elif word == "refused":
                     refused = int(value)
         return ready, refused
@@ -239,10 +277,12 @@ def _response(head: bytes, state: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + (b"" if method == b"HEAD" else text)
 
 
-def supervise(command: Sequence[str], listener: socket.socket, *, drain_s: float = DRAIN_S) -> int:
+def supervise(
+    command: Sequence[str], listener: socket.socket, *, drain_s: float = DRAIN_S, hung_s: float = HUNG_S
+) -> int:
     """Keep `command` serving behind `listener`, which is bound; the exit status once it was told to stop."""
 
     async def main() -> int:
-        return await Supervisor(command, listener, drain_s=drain_s).run()
+        return await Supervisor(command, listener, drain_s=drain_s, hung_s=hung_s).run()
 
     return asyncio.run(main())

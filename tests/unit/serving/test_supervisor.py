@@ -59,11 +59,14 @@ logging.basicConfig(level="INFO", format="%(message)s")
 from ingot.errors import IngotError
 from ingot.serving import supervisor
 if len(sys.argv) > 6: supervisor.FIRST_DELAY_S = float(sys.argv[6])
+hung_s = float(sys.argv[7]) if len(sys.argv) > 7 else 60
+supervisor.TELLING_S = 0.3
 listener = socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
 assert not {"torch", "fastapi", "uvicorn"} & set(sys.modules), "the supervisor is light"
 try:
-    code = supervisor.supervise([sys.executable, "-c", sys.argv[1], *sys.argv[2:6]], listener, drain_s=20)
+    command = [sys.executable, "-c", sys.argv[1], *sys.argv[2:6]]
+    code = supervisor.supervise(command, listener, drain_s=20, hung_s=hung_s)
 except IngotError as error:
     sys.exit(f"error: {error}")
 sys.exit(code)
@@ -89,6 +92,55 @@ ContinuousEngine._turn = hanging
 server.serve(folder, options=server.Options(drain_s=0.1), parent=Parent.from_environment())
 """
 
+# A child with a model that writes its first token only while a file does not hold it up.
+HELD = """
+import os, sys, time
+from pathlib import Path
+from ingot.serving import server
+from ingot.serving.channel import Parent
+from ingot.serving.continuous import ContinuousEngine
+place, folder = Path(sys.argv[1]), Path(sys.argv[4])
+print(os.getpid(), file=open(place / "pids", "a"))
+warm_up = ContinuousEngine._warm_up
+def held(self):
+    (place / "loaded").touch()
+    while (place / "hold").exists():
+        time.sleep(0.01)
+    model, passes = self.runtime.model, []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    warm_up(self)
+    print(len(passes), file=open(place / "passes", "a"))
+ContinuousEngine._warm_up = held
+server.serve(folder, options=server.Options(drain_s=0.1), parent=Parent.from_environment())
+"""
+
+# A child whose event loop answers, is blocked for as many seconds as a request says, and one that is only slow to load.
+BLOCKING = """
+import asyncio, json, os, sys, time
+from ingot.serving.channel import Parent
+parent = Parent.from_environment()
+print(os.getpid(), file=open(f"{sys.argv[1]}/pids", "a"))
+time.sleep(float(sys.argv[2]))
+
+async def answer(reader, writer):
+    path = (await reader.readuntil(b"\\r\\n\\r\\n")).split()[1].decode()
+    blocked_here(float(path.removeprefix("/block/"))) if path.startswith("/block/") else None
+    body = json.dumps({"pid": os.getpid()})
+    writer.write(f"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}".encode())
+    await writer.drain()
+    writer.close()
+
+def blocked_here(seconds):
+    time.sleep(seconds)
+
+async def main():
+    await asyncio.to_thread(parent.ready, asyncio.get_running_loop())
+    async with await asyncio.start_server(answer, sock=parent.listener) as server:
+        await server.serve_forever()
+
+asyncio.run(main())
+"""
+
 
 class Running:
     """A supervisor in a process of its own."""
@@ -101,9 +153,10 @@ class Running:
         how: str = "serve",
         delay_s: float = 0.3,
         child: str = CHILD,
+        hung_s: float = 60.0,
     ) -> None:
         self.place = place
-        arguments = [child, place, load_s, drain_s, how, delay_s]
+        arguments = [child, place, load_s, drain_s, how, delay_s, hung_s]
         self.process = subprocess.Popen(
             [sys.executable, "-c", PARENT, *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -228,6 +281,63 @@ def test_a_child_whose_engine_hangs_is_replaced(tmp_path: Path, text_folder: Pat
         code, log = it.end()
     assert code == 0
     assert "a model has not worked" in log and "it is started again" in log
+
+
+@pytest.mark.slow
+def test_after_a_kill_ready_means_that_the_new_model_has_written(tmp_path: Path, text_folder: Path) -> None:
+    def passes() -> list[int]:
+        found = tmp_path / "passes"
+        return [int(line) for line in found.read_text().split()] if found.exists() else []
+
+    def becomes_ready(it: Running, lives: int) -> None:
+        until = time.monotonic() + 60
+        while it.get("/ready").status_code != 200:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert len(passes()) == lives
+
+    with running(tmp_path, 0, how=str(text_folder), child=HELD) as it:
+        becomes_ready(it, 1)
+        (tmp_path / "hold").touch()
+        (tmp_path / "loaded").unlink()
+        os.kill(it.pids()[0], signal.SIGKILL)
+        until = time.monotonic() + 60
+        while not (tmp_path / "loaded").exists():
+            with contextlib.suppress(httpx.TransportError):  # cut by the kill
+                assert it.get("/ready").status_code == 503
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        for _ in range(20):  # the weights are there, a token is not
+            assert it.get("/ready").status_code == 503
+            time.sleep(0.02)
+        (tmp_path / "hold").unlink()
+        becomes_ready(it, 2)
+        assert min(passes()) >= 1
+        assert len(it.pids()) == 2
+        it.process.send_signal(signal.SIGTERM)
+        assert it.end()[0] == 0
+
+
+def test_a_blocked_event_loop_is_noticed(tmp_path: Path) -> None:
+    # One that only loads, for longer than it may be silent (1.5 s), or is busy for less than that, is left alone.
+    with running(tmp_path, 2.0, child=BLOCKING, hung_s=1.5) as it:
+        it.wait_ready()
+        for _ in range(3):
+            assert it.get("/block/0.6").status_code == 200
+        assert len(it.pids()) == 1
+        began = time.monotonic()
+        with pytest.raises(httpx.TransportError):
+            it.get("/block/600")
+        assert it.get("/ready").status_code == 503
+        assert time.monotonic() - began < 20
+        assert it.get("/health").status_code == 200
+        assert it.wait_ready().json() == {"pid": it.pids()[1]}
+        it.process.terminate()
+        code, log = it.end()
+    assert code == 0
+    assert "has not answered for 1.5 s" in log
+    assert "the serving process hung and was killed; it is started again in 0.3 s" in log
+    assert "in blocked_here" in log  # where it hung
 
 
 def test_requests_under_way_are_finished_when_stopping(tmp_path: Path) -> None:
