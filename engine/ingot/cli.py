@@ -13,7 +13,7 @@ from rich.table import Table
 from ingot.batch_command import batch
 from ingot.cache_command import cache
 from ingot.check_command import check
-from ingot.command import Debug, Json, Override, Overrides, RecipeFile, guarded, out
+from ingot.command import Debug, Json, Override, Overrides, RecipeFile, Verbs, guarded, out
 from ingot.compare_command import compare
 from ingot.conform_command import conform
 from ingot.display import short, show_summary
@@ -35,6 +35,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import of 
 
 app = typer.Typer(
     name="ingot",
+    cls=Verbs,
     help="One recipe from a foundation model and data to a tested, servable model.",
     no_args_is_help=True,
     add_completion=False,

@@ -53,6 +53,27 @@ def test_unknown_verb_and_option():
     assert "--summary" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "field", "fix"),
+    [
+        ("serve m --port 99999", "--port = '99999'", "65535"),
+        ("serve m --deadline soon", "--deadline = 'soon'", "valid number"),
+        ("serve m --log-format xml", "--log-format = 'xml'", "'text', 'json'"),
+        ("batch m in.jsonl out --bucket-rows 0", "--bucket-rows = '0'", "greater than or equal to 1"),
+        ("conform m --timeout 0", "--timeout = '0'", "greater than or equal to 1"),
+        ("models promote", "Missing argument 'MODEL'", "ingot models promote --help"),
+        ("--verbos run", "No such option: --verbos", "ingot --help"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments: str, field: str, fix: str) -> None:
+    result = ingot(*arguments.split())
+    assert result.exit_code == 2
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"error: {field}")
+    assert fix in line
+    assert not result.stdout
+
+
 def keys_fit(schema: dict[str, Any], values: dict[str, Any], definitions: dict[str, Any], at: str = "") -> list[str]:
     """Keys of `values` that the schema does not know, and required ones that are missing."""
     if "$ref" in schema:
