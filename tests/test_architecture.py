@@ -18,7 +18,7 @@ MAX_LINES = 400
 # Files and folders of engine/ingot -> floor. A file imports only lower floors or its own folder.
 FLOORS = {
     "errors": 0, "registry": 0, "address": 0,
-    "recipe": 1, "recipe_data": 1, "recipe_evaluate": 1, "recipe_errors": 1, "recipe_io": 1,
+    "recipe": 1, "recipe_data": 1, "recipe_evaluate": 1, "recipe_serve": 1, "recipe_errors": 1, "recipe_io": 1,
     "launch": 2, "ranks": 2, "track": 2, "progress": 2, "display": 2, "pages": 2,
     "catalog": 2, "data": 2, "model": 2, "parallel": 2,
     "train": 3, "evaluation": 3,
@@ -35,6 +35,7 @@ FLOORS = {
 NEIGHBOURS = {
     ("registry", "errors"), ("address", "errors"),
     ("recipe", "recipe_data"), ("recipe", "recipe_evaluate"), ("recipe_evaluate", "recipe_data"),
+    ("recipe", "recipe_serve"), ("recipe_serve", "recipe_data"),
     ("recipe_errors", "recipe"), ("recipe_io", "recipe"), ("recipe_io", "recipe_errors"),
     ("data", "progress"), ("data", "model"),
     ("stages", "preparation"), ("verbs", "preparation"), ("assembly", "preparation"),
@@ -112,6 +113,7 @@ DOORS = {
         "recipe.py",
         "recipe_data.py",
         "recipe_evaluate.py",
+        "recipe_serve.py",
         "recipe_errors.py",
         "recipe_io.py",
         "serving/",

@@ -20,6 +20,7 @@ from ingot.recipe_evaluate import JUDGED as JUDGED
 from ingot.recipe_evaluate import Evaluate as Evaluate
 from ingot.recipe_evaluate import Judge as Judge
 from ingot.recipe_evaluate import check_decidable
+from ingot.recipe_serve import Serve
 
 Form = Literal["merged", "adapter", "quantized", "gguf"]
 Op = Literal["linear_cross_entropy", "lora_linear", "rms_norm", "rope", "gated"]
@@ -235,19 +236,6 @@ class Package(Section):
     """Name in the MLflow Model Registry of which the package becomes a version. None: it is not registered."""
     alias: str | None = Field(default=None, pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,99}$")
     """Alias that the new version gets, such as champion; it needs `evaluate.promotion`, which must be met."""
-
-
-class Serve(Section):
-    """The endpoint that `ingot run` asks one question, and `ingot serve` keeps up."""
-
-    enabled: bool = True
-    """Off: `ingot run` skips the stage."""
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: int = Field(default=0, ge=0, le=65535)
-    """0: a free one is taken and printed."""
-    question: str | None = None
-    """What `ingot run` asks. None: the first test row."""
 
 
 class Track(Section):

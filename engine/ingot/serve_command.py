@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from ingot.command import Debug, Override, guarded
+from ingot.command import Debug, Override, guarded, out
 from ingot.serve_options import (
     Adapters,
     AdminRoutes,
     EndpointName,
-    HungAfter,
     MirrorTo,
     Models,
     Replay,
@@ -19,7 +18,10 @@ from ingot.serve_options import (
     VersionsOf,
     WeightsFile,
     admin_key,
+    port_of,
     refusing,
+    setting,
+    settings,
     supervised,
     weights_file,
 )
@@ -27,44 +29,22 @@ from ingot.serve_options import (
 
 def serve(
     models: Models = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; other than loopback needs --keys or INGOT_API_KEY.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
-    keys: Annotated[
-        Path | None, typer.Option(help="File of keys that callers must send: ingot keys add.", show_default=False)
-    ] = None,
-    requests_per_minute: Annotated[
-        int | None, typer.Option(help="For each key that has no limit of its own.", min=1, show_default=False)
-    ] = None,
-    tokens_per_minute: Annotated[
-        int | None, typer.Option(help="Prompts and answers, likewise.", min=1, show_default=False)
-    ] = None,
-    deadline: Annotated[
-        float, typer.Option(help="Most seconds a request takes; X-Request-Timeout may say less.", min=0.1)
-    ] = 600.0,
-    drain: Annotated[
-        float, typer.Option(help="Seconds that running requests have after SIGTERM or Ctrl-C.", min=0.0)
-    ] = 30.0,
-    max_waiting: Annotated[int, typer.Option(help="Requests that wait at most; further ones get 503.", min=1)] = 256,
-    max_waiting_tokens: Annotated[int, typer.Option(help="Tokens of them, prompts and answers.", min=1)] = 262_144,
-    max_rows: Annotated[int, typer.Option(help="Answers that are written together.", min=1)] = 64,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of one answer.", min=1, show_default=False)
-    ] = None,
-    cache_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens whose keys and values are held at most. None: a quarter of the free memory.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
-    max_body: Annotated[int, typer.Option(help="Most bytes of a request's body.", min=1024)] = 4 * 1024 * 1024,
-    body_timeout: Annotated[float, typer.Option(help="Seconds for a request's body to arrive.", min=0.1)] = 60.0,
-    log_format: Annotated[
-        Literal["text", "json"], typer.Option(help="Lines on standard error, one a request.")
-    ] = "text",
+    host: Annotated[str | None, setting("host")] = None,
+    port: Annotated[int | None, setting("port")] = None,
+    keys: Annotated[Path | None, setting("keys")] = None,
+    requests_per_minute: Annotated[int | None, setting("requests_per_minute")] = None,
+    tokens_per_minute: Annotated[int | None, setting("tokens_per_minute")] = None,
+    deadline: Annotated[float | None, setting("deadline")] = None,
+    drain: Annotated[float | None, setting("drain")] = None,
+    max_waiting: Annotated[int | None, setting("max_waiting")] = None,
+    max_waiting_tokens: Annotated[int | None, setting("max_waiting_tokens")] = None,
+    max_rows: Annotated[int | None, setting("max_rows")] = None,
+    max_tokens: Annotated[int | None, setting("max_tokens")] = None,
+    cache_tokens: Annotated[int | None, setting("cache_tokens")] = None,
+    max_body: Annotated[int | None, setting("max_body")] = None,
+    body_timeout: Annotated[float | None, setting("body_timeout")] = None,
+    hung_after: Annotated[float | None, setting("hung_after")] = None,
+    log_format: Annotated[Literal["text", "json"] | None, setting("log_format")] = None,
     adapter: Adapters = None,
     endpoint: EndpointName = None,
     version: VersionsOf = None,
@@ -73,7 +53,6 @@ def serve(
     replay: Replay = 0,
     admin: AdminRoutes = False,
     supervise: Supervise = True,
-    hung_after: HungAfter = 30.0,
     override: Override = None,
     debug: Debug = False,
 ) -> None:
@@ -99,41 +78,43 @@ def serve(
     if not models and endpoint is None:
         raise typer.BadParameter("Missing argument 'MODEL...': what to serve, or --endpoint with its versions")
 
+    given = {
+        "host": host,
+        "port": port,
+        "keys": keys,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "deadline": deadline,
+        "drain": drain,
+        "max_waiting": max_waiting,
+        "max_waiting_tokens": max_waiting_tokens,
+        "max_rows": max_rows,
+        "max_tokens": max_tokens,
+        "cache_tokens": cache_tokens,
+        "max_body": max_body,
+        "body_timeout": body_timeout,
+        "hung_after": hung_after,
+        "log_format": log_format,
+    }
+
     def work() -> None:
         from ingot.serving.channel import Parent
 
         parent, key = Parent.from_environment(), admin_key(admin)
+        section, told = settings(() if endpoint else models or (), given)
+        if parent is None and told:
+            out.print(told, markup=False, highlight=False, soft_wrap=True)
         if parent is None and supervise and os.name == "posix":
-            raise typer.Exit(supervised(host, port, keys, log_format, drain, hung_after))
+            raise typer.Exit(supervised(section))
         from ingot import verbs
-        from ingot.serving.engine import Limits
 
-        limits = Limits(
-            waiting_requests=max_waiting,
-            waiting_tokens=max_waiting_tokens,
-            rows=max_rows,
-            cache_tokens=cache_tokens,
-            answer_tokens=max_tokens,
-        )
-        options = verbs.ServeOptions(
-            limits=limits,
-            keys=keys,
-            requests_per_minute=requests_per_minute,
-            tokens_per_minute=tokens_per_minute,
-            deadline_s=deadline,
-            drain_s=drain,
-            max_body_bytes=max_body,
-            body_s=body_timeout,
-            log_format=log_format,
-            admin_key=key,
-        )
         with refusing(parent):
             verbs.serve(
                 models or (),
-                host=host,
-                port=port,
+                host=section.host,
+                port=port_of(section),
                 override=override,
-                options=options,
+                options=verbs.ServeOptions.of(section, key),
                 parent=parent,
                 adapters=adapter or (),
                 endpoint=endpoint,

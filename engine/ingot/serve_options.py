@@ -4,19 +4,23 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from ingot.errors import IngotError, ServeError
+from ingot.recipe_serve import Serve
+from ingot.runfolder import Run, open_run
+from ingot.serving.endpoint_file import named
 
 if TYPE_CHECKING:
     from ingot.serving.channel import Parent
 
 END_S = 15.0  # that a child has to end beyond what its requests have
-Format = Literal["text", "json"]
+DEFAULT_PORT = 8000
+NAMES = [name for name in Serve.model_fields if name not in ("enabled", "question")]  # of options
 STATE_VARIABLE = "INGOT_SERVE_STATE"  # from the supervisor to its child: where decisions outlive the child
 ADMIN_VARIABLE = "INGOT_ADMIN_KEY"
 
@@ -66,14 +70,40 @@ AdminRoutes = Annotated[
 Supervise = Annotated[
     bool, typer.Option("--supervise/--no-supervise", help="Start the serving process again when it dies.")
 ]
-HungAfter = Annotated[
-    float,
-    typer.Option(
-        "--hung-after",
-        help="Seconds without a sign of life until the serving process is killed and started again.",
-        min=1,
-    ),
-]
+
+
+def setting(name: str) -> Any:
+    """The option that is `serve.NAME` of recipes: its help, bounds and default are said there."""
+    field = Serve.model_fields[name]
+    inner = [it for kind in get_args(field.annotation) for it in getattr(kind, "__metadata__", ())]  # of `int | None`
+    parts = [*field.metadata, *(part for it in inner for part in it.metadata)]
+    found = {bound: getattr(part, bound) for part in parts for bound in ("gt", "ge", "le") if hasattr(part, bound)}
+    return typer.Option(
+        help=field.description,
+        min=found.get("ge", found["gt"] + 1 if "gt" in found else None),
+        max=found.get("le"),
+        show_default=False if field.default is None else str(field.default),
+    )
+
+
+def settings(models: Sequence[str], given: Mapping[str, Any]) -> tuple[Serve, str]:
+    """How to serve: as `given` (None: it is not), else as the recipe of the run that is served, alone, and a sentence
+    where that says something. Raises what opening the run raises.
+    """
+    given = {name: str(it) if isinstance(it, Path) else it for name, it in given.items() if it is not None}
+    run = _run_of(models[0]) if len(models) == 1 else None
+    if run is None:
+        return Serve().model_copy(update=given), ""
+    section, plain = run.recipe.serve, Serve()
+    new = [name for name in NAMES if name not in given and getattr(section, name) != getattr(plain, name)]
+    said = ", ".join(f"{name}={getattr(section, name)}" for name in new)
+    return section.model_copy(update=given), said and f"as the recipe of {run.folder.name} says: {said}"
+
+
+def _run_of(model: str) -> Run | None:
+    """The run that is served, or whose package or model is."""
+    target = Path(named(model)[1]).resolve()
+    return next((open_run(folder) for folder in (target, target.parent) if (folder / "run.json").is_file()), None)
 
 
 def admin_key(wanted: bool) -> str | None:
@@ -103,16 +133,20 @@ def refusing(parent: "Parent | None") -> Iterator[None]:
         raise
 
 
-def supervised(host: str, port: int, keys: Path | None, log_format: Format, drain_s: float, hung_s: float) -> int:
+def supervised(section: Serve) -> int:
     """Run this command again as a child, and keep it alive; the exit status. Raises ServeError and IngotError."""
     from ingot.serving.listening import bind, keyring
     from ingot.serving.logs import write_logs
     from ingot.serving.supervisor import supervise
 
-    keyring(host, keys)
-    with bind(host, port) as listener, tempfile.TemporaryDirectory(prefix="ingot-serve-") as folder:
+    keyring(section.host, None if section.keys is None else Path(section.keys))
+    with bind(section.host, port_of(section)) as listener, tempfile.TemporaryDirectory(prefix="ingot-serve-") as folder:
         os.environ[STATE_VARIABLE] = str(Path(folder) / "state.json")
-        write_logs(log_format)
-        return supervise(
-            [sys.executable, "-m", "ingot", *sys.argv[1:]], listener, drain_s=drain_s + END_S, hung_s=hung_s
-        )
+        write_logs(section.log_format)
+        command = [sys.executable, "-m", "ingot", *sys.argv[1:]]
+        return supervise(command, listener, drain_s=section.drain + END_S, hung_s=section.hung_after)
+
+
+def port_of(section: Serve) -> int:
+    """Where `ingot serve` listens."""
+    return DEFAULT_PORT if section.port is None else section.port

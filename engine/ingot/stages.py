@@ -30,7 +30,7 @@ from ingot.recipe import Recipe
 from ingot.recipe_data import CLASSES
 from ingot.recipe_io import recipe_hash
 from ingot.runfolder import Run, open_run
-from ingot.serving.server import Endpoint
+from ingot.serving.server import Endpoint, Options
 from ingot.track import Tracker, read_metrics
 from ingot.train import profile
 from ingot.train.checkpoint import Checkpoints, published
@@ -251,11 +251,11 @@ def examples_with_answers(run: Run) -> tuple[list[dict[str, Any]], list[dict[str
 
 def ask_endpoint(run: Run, progress: Progress) -> None:
     """Start an endpoint on the run's package (or model), ask it one question over HTTP, stop it, note both."""
-    started = time.perf_counter()
+    started, section = time.perf_counter(), run.recipe.serve
     facts = json.loads((run.model / "ingot.json").read_text(encoding="utf-8"))
     with progress.stage("serve", total=1, unit="questions") as bar:
-        question = run.recipe.serve.question or facts["example"]
-        with Endpoint(servable(run.folder), host=run.recipe.serve.host, port=run.recipe.serve.port) as endpoint:
+        question, options = section.question or facts["example"], Options.of(section)
+        with Endpoint(servable(run.folder), section.host, section.port or 0, options=options) as endpoint:
             reply = endpoint.ask(question)
         bar.advance(1)
     asked = next(iter(question.values())) if isinstance(question, dict) else question

@@ -258,7 +258,7 @@ def run(
     """
     recipe, home = _opened(recipe, home)
     if recipe.serve.enabled:
-        check_address(recipe.serve.host, recipe.serve.port)
+        check_address(recipe.serve)
     if resume is not None and open_run(resume).finished("finetune"):
         done = _continued(resolve(recipe, home, read_ranks(), pick_device(read_ranks())), resume)
     else:

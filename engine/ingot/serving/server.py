@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ import uvicorn
 
 from ingot.errors import ServeError
 from ingot.model.runtime import WRITING
+from ingot.recipe_serve import Serve
 from ingot.serving.app import WARM_UP_S, create_app
 from ingot.serving.channel import Parent
 from ingot.serving.connection import Patient
@@ -58,11 +60,34 @@ class Options:
     log_format: Format = "text"
     admin_key: str | None = field(default=None, repr=False)
 
+    @classmethod
+    def of(cls, section: Serve, admin_key: str | None = None) -> Self:
+        """As a recipe or the command line says."""
+        limits = Limits(
+            waiting_requests=section.max_waiting,
+            waiting_tokens=section.max_waiting_tokens,
+            rows=section.max_rows,
+            cache_tokens=section.cache_tokens,
+            answer_tokens=section.max_tokens,
+        )
+        return cls(
+            limits=limits,
+            keys=None if section.keys is None else Path(section.keys),
+            requests_per_minute=section.requests_per_minute,
+            tokens_per_minute=section.tokens_per_minute,
+            deadline_s=section.deadline,
+            drain_s=section.drain,
+            max_body_bytes=section.max_body,
+            body_s=section.body_timeout,
+            log_format=section.log_format,
+            admin_key=admin_key,
+        )
 
-def check_address(host: str, port: int) -> None:
+
+def check_address(section: Serve) -> None:
     """Raise `ServeError` now for an address that could not be served later."""
-    keyring(host)
-    bind(host, port).close()
+    keyring(section.host, Options.of(section).keys)
+    bind(section.host, section.port or 0).close()
 
 
 class DrainingServer(uvicorn.Server):
@@ -203,14 +228,17 @@ def serve(
 class Endpoint:
     """The endpoint in a thread of this process: `with Endpoint(folder) as endpoint: endpoint.ask("...")`."""
 
-    def __init__(self, target: Path, host: str = "127.0.0.1", port: int = 0) -> None:
-        self.target, self.host, self.port = target, host, port
+    def __init__(self, target: Path, host: str = "127.0.0.1", port: int = 0, *, options: Options | None = None) -> None:
+        self.target, self.host, self.port, self.options = target, host, port, options or Options()
 
     def __enter__(self) -> Self:
-        self._key, ring = os.environ.get(KEY_VARIABLE) or None, keyring(self.host)
+        self._key, ring = os.environ.get(KEY_VARIABLE) or None, keyring(self.host, self.options.keys)
+        if self._key is None and not ring.open:  # nothing tells the keys of a file
+            self._key = secrets.token_urlsafe(32)
+            ring = Keyring(self.options.keys, self._key)
         self._listener = bind(self.host, self.port)
         try:
-            self._server, deployments = _start(Fleet((Target(self.target),)), ring, Options())
+            self._server, deployments = _start(Fleet((Target(self.target),)), ring, self.options)
             self._runtime, self.name = deployments.all()[0].engine.runtime, deployments.all()[0].name
         except BaseException:
             self._listener.close()
