@@ -258,3 +258,25 @@ def _mlflow_serve(package: Path, place: Path) -> Iterator[str]:
 def mlflow_serve(tmp_path: Path) -> Callable[[Path], AbstractContextManager[str]]:
     """mlflow_serve(package): a context with the URL of `mlflow models serve`."""
     return lambda package: _mlflow_serve(package, tmp_path)
+
+
+@pytest.fixture
+def replayed() -> Callable[..., tuple[int, str]]:
+    """replayed(run, change): status and text of /ready once four stored rows of a run were asked; `change`: of what was
+    stored.
+    """
+    from fastapi.testclient import TestClient
+
+    from ingot.replaying import stored_rows
+    from ingot.serving.app import create_app
+    from ingot.serving.engine import Limits, Meter
+    from ingot.serving.fleet import Fleet, Target, deploy
+
+    def ask(run: Path, change: Callable[[Any], Any] = lambda stored: stored) -> tuple[int, str]:
+        target = Target(run, "tiny", [change(stored) for stored in stored_rows(run, 4)])
+        deployments, stored = deploy(Fleet((target,)), Limits(), lambda name: Meter())
+        with TestClient(create_app(deployments, stored=stored)) as client:
+            answer = client.get("/ready")
+        return answer.status_code, answer.text
+
+    return ask

@@ -3,12 +3,14 @@ what users get wrong.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ingot.data.synthetic import generate
+from ingot.errors import ServeError
 from ingot.evaluation.samples import Samples
 
 NAMES = ("Anna", "Paul", "Maria")
@@ -50,6 +52,7 @@ CASES: dict[str, tuple[Callable[[int, int], list[dict[str, Any]]], dict[str, Any
     POINT: (questions, {"max_tokens": 24, "overlap_tokens": 6}, {"squad_exact_match", "squad_f1"}),
     GAPS: (texts, {}, {"masked_accuracy", "perplexity"}),
 }
+OTHER = {SETS: {"labels": ["none"]}, TAGS: {"tags": ["O"]}, POINT: {"answer": "nowhere"}}  # never a stored answer
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def start(make_project: Any, gap_folder: Path) -> Callable[..., Any]:
         *(pytest.param(task, "none", marks=pytest.mark.slow) for task in (POINT, GAPS)),
     ],
 )
-def test_proved_trained_and_measured(task: str, kind: str, ingot: Any, start: Any) -> None:
+def test_proved_trained_and_measured(task: str, kind: str, ingot: Any, start: Any, replayed: Any) -> None:
     later = {"package": {"enabled": True}, "serve": {"enabled": True}}
     project = start(task, adapter={"kind": kind}, train={"max_steps": 6}, **later)
     done = ingot("run", project.recipe, "--json")
@@ -100,6 +103,14 @@ def test_proved_trained_and_measured(task: str, kind: str, ingot: Any, start: An
     assert first.prompt
     assert first.references
     assert set(first.numbers) == CASES[task][2]
+    if task == GAPS:
+        with pytest.raises(ServeError, match=r"--replay = 4: .*not which ones were said"):
+            replayed(project.run)
+        return
+    assert replayed(project.run) == (200, '{"status":"ready"}')
+    status, told = replayed(project.run, lambda stored: replace(stored, expected=OTHER[task]))
+    assert status == 503
+    assert "4 of 4 rows were not answered as stored" in told
 
 
 @pytest.mark.parametrize("task", CASES)

@@ -1,6 +1,7 @@
 """Pairs of answers and teachers through the verbs: trained, resumed, exported, measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ingot.errors import CheckpointError, DataError, Interrupted, RecipeError
+from ingot.errors import CheckpointError, DataError, Interrupted, RecipeError, ServeError
 from ingot.recipe import Recipe
 from ingot.recipe_io import parse_recipe
 from ingot.runfolder import Run
@@ -77,7 +78,7 @@ def losses(run: Run) -> list[float]:
 @pytest.mark.parametrize(
     "name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("orpo", "reward", "distillation"))]
 )
-def test_an_objective_goes_all_the_way(name: str, home: Path, model_folder: Path) -> None:
+def test_an_objective_goes_all_the_way(name: str, home: Path, model_folder: Path, replayed: Any) -> None:
     run = finetune(recipe_for(name, model_folder, home), home=home)
     assert losses(run)[-1] < losses(run)[0]
     base, tuned, comparison = evaluate(run)
@@ -88,6 +89,14 @@ def test_an_objective_goes_all_the_way(name: str, home: Path, model_folder: Path
     if name == "dpo":
         assert losses(run)[0] == pytest.approx(0.693147, abs=1e-4)
         assert set(load_file(run.folder / "reference.safetensors")) == {"train", "validation"}
+    if name in ("dpo", "orpo"):
+        with pytest.raises(ServeError, match=r"--replay = 4: .*likelihoods of two answers"):
+            replayed(run.folder)
+    else:
+        assert replayed(run.folder)[0] == 200
+    if name == "reward":
+        more = replayed(run.folder, lambda stored: replace(stored, expected={"score": stored.expected["score"] + 0.01}))
+        assert (more[0], "4 of 4 rows" in more[1]) == (503, True)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def translating(make_project: Callable[[Path, str], Any], bart_folder: Path) -> 
     return project
 
 
-def test_adapter_of_a_bart(ingot, translating):
+def test_adapter_of_a_bart(ingot, translating, replayed):
     translating.write(package={"enabled": True}, serve={"enabled": True})
     done = ingot("run", translating.recipe, "--json")
     assert done.code == 0, done.err
@@ -76,6 +77,9 @@ def test_adapter_of_a_bart(ingot, translating):
     assert summary["stages"]["package"]["verified"]
     assert summary["question"] == translations(30, 6)[0]["source"]
     assert summary["answer"].strip() == rows[0].prediction
+    assert replayed(translating.run)[0] == 200
+    status, told = replayed(translating.run, lambda stored: replace(stored, expected={"output_string": "no"}))
+    assert (status, "4 of 4 rows" in told) == (503, True)
 
 
 def test_every_weight_of_the_embedded_t5(ingot, translating):

@@ -52,6 +52,8 @@ class ContinuousEngine(Worker):
         self._patience = 0
         self._pass_tokens = pass_tokens(next(model.parameters()).device)
         self.cache_tokens = (limits or Limits()).cache_tokens or free_tokens(model)
+        if limits is not None and limits.answer_tokens is not None:  # who asks for no number gets what is allowed
+            runtime.default_new_tokens = min(runtime.default_new_tokens, limits.answer_tokens)
         super().__init__(runtime, limits, meter)
 
     # --- from the event loop -----------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ class ContinuousEngine(Worker):
         for row in rows:
             if longest is not None and row.sampling.max_new_tokens > longest:
                 raise InputError(
-                    "max_tokens", f"{row.sampling.max_new_tokens} new tokens: this server writes {longest}"
+                    "max_tokens", f"{row.sampling.max_new_tokens} new tokens: this server writes {longest} at most"
                 )
             if _most(row) > self.cache_tokens:
                 wanted = f"{len(row.prompt)} prompt tokens + {row.sampling.max_new_tokens} new tokens"

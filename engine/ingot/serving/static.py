@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+from ingot.model.generate import context_limit
 from ingot.model.running import alike, pass_tokens
 from ingot.model.runtime import Runtime
 from ingot.model.sampling import Generation, InputError, Sampling
@@ -50,7 +51,7 @@ class StaticEngine(Worker):
         self, rows: Sequence[dict[str, Any]], params: dict[str, Any], *, deadline: float | None = None
     ) -> list[dict[str, Any]]:
         """As `Runtime.answer`, together with others' rows."""
-        with self._admitted(Asking(rows, params, deadline)) as ticket:
+        with self._admitted(Asking(rows, self._bounded(params), deadline)) as ticket:
             answers: list[dict[str, Any]] = await ticket.next()
             return answers
 
@@ -66,6 +67,19 @@ class StaticEngine(Worker):
         """Raises InputError, as `write`."""
         raise self._unable()
         yield  # makes this a generator
+
+    def _bounded(self, params: dict[str, Any]) -> dict[str, Any]:
+        """`params` for at most as many new tokens as the server writes. Raises InputError."""
+        longest = self.limits.answer_tokens
+        if longest is None or all(param.name != "max_tokens" for param in TASKS[self.runtime.task].params):
+            return params
+        wanted = self.runtime.read([], params)[1].get("max_tokens")
+        if wanted is None:
+            own = min(self.runtime.default_new_tokens, context_limit(self.runtime.model) or longest)
+            return params | {"max_tokens": min(own, longest)}
+        if wanted > longest:
+            raise InputError("max_tokens", f"{wanted} new tokens: this server writes {longest} at most")
+        return params
 
     def _unable(self) -> InputError:
         return InputError("model", f"this model is for {self.runtime.task}: it does not write text token by token")

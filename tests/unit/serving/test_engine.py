@@ -3,12 +3,13 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ingot.model import answers
 from ingot.model.runtime import Runtime
 from ingot.model.sampling import Generation, InputError, Sampling
 from ingot.serving import worker
@@ -469,3 +470,38 @@ def test_a_long_request_is_answered_in_parts_that_stop_at_its_deadline(labeller:
 
     asyncio.run(asyncio.wait_for(scene(), 30))
     assert sum(calls) < 1000
+
+
+@pytest.mark.parametrize("task", ["text-generation", "chat-completion", "summarization"])
+def test_no_answer_is_longer_than_the_server_writes(
+    folder_of: Callable[[str], Path], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"input_string": "Hello there, how are you?"}
+    engine = start_engine(Runtime.load(folder_of(task)), Limits(answer_tokens=3))
+    longest: list[int] = []
+    write = answers.write
+
+    def spy(model: Any, tokenizer: Any, sources: Any, new: int, *more: Any, **named: Any) -> list[str]:
+        longest.append(new)
+        return write(model, tokenizer, sources, new, *more, **named)
+
+    monkeypatch.setattr(answers, "write", spy)
+    try:
+        assert engine.wait_ready(60)
+        longest.clear()
+
+        def ask(**params: Any) -> list[dict[str, Any]]:
+            return asyncio.run(engine.answer([row], params))
+
+        # Who names no number gets what there is, and not an error about the model's own number.
+        assert ask() == ask(max_tokens=3)
+        if task == "summarization":  # the tiny model has nothing to say
+            assert longest == [3, 3]
+        else:
+            assert ask() != Runtime.load(folder_of(task)).answer([row], {})
+        with pytest.raises(InputError, match="4 new tokens: this server writes 3 at most"):
+            ask(max_tokens=4)
+        with pytest.raises(InputError, match="max_tokens"):
+            ask(max_tokens="many")
+    finally:
+        engine.close()
