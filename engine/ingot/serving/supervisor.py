@@ -175,7 +175,7 @@ class Supervisor:
                 await asyncio.wait_for(self._alive.wait(), wait_s)
             except TimeoutError:
                 missed += 1
-                self.note(f"the serving process has not answered for {missed * wait_s:g} s")
+                self.note(f"the serving process has not answered for {round(missed * wait_s, 1):g} s")
             else:
                 missed = 0
                 await asyncio.sleep(wait_s)
