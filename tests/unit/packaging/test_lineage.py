@@ -66,6 +66,15 @@ def test_pins_are_of_what_trained_it() -> None:
     assert found[-1].startswith("peft==")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_package_says_where_its_answer_was_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
+    write_environment(tmp_path, {})
+    assert verified_with(tmp_path)["device"] == device
+
+
 def test_a_package_says_which_versions_it_was_not_verified_with(tmp_path: Path) -> None:
     write_environment(tmp_path, {"torch": "2.0.1+cu118"}, ("peft",))
     found = verified_with(tmp_path)
