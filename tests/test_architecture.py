@@ -89,6 +89,7 @@ DOORS = {
     "openai": ("conformance/children/",),
     "pyspark": ("conformance/children/",),
     "ray": ("conformance/children/",),
+    "llama_cpp": ("conformance/children/",),
     "httpx": ("evaluation/api.py",),
     "fastapi": ("serving/",),
     "starlette": ("serving/",),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from ingot import batches, conforming, packages, provenance, verbs
+from ingot.conformance.targets import TARGETS
 from ingot.errors import MissingPackage, ModelError, PackageError, RecipeError
 from ingot.model.adapters import attach_adapter, merge, save_adapter
 from ingot.model.export import export_model
@@ -224,6 +226,54 @@ def test_each_form_is_proved_in_a_clean_process(run: Run) -> None:
     for form in ("merged", "adapter", "quantized"):
         check_manifest(run.form(form))
         assert json.loads((run.form(form) / "verification.json").read_text())["pinned_otherwise"] == {"numpy": "1.0.0"}
+
+
+CONVERTER = """#!/bin/sh
+printf 'GGUF\\003\\000\\000\\000\\001\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000' > "$3"
+"""
+
+
+def test_a_gguf_form_is_asked_of_what_reads_it(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converter = tmp_path / "convert"
+    converter.write_text(CONVERTER)
+    converter.chmod(0o755)
+    monkeypatch.setenv("INGOT_GGUF_CONVERTER", str(converter))
+    write_package(run, NO_POLICY, "", QUIET, ["gguf"])
+    place = run.form("gguf")
+    monkeypatch.setenv("PATH", f"/usr/bin:/bin:{tmp_path}/bin")
+    found = conforming.run(str(place))
+    assert {it.state for it in found.results} == {"skipped"}
+    assert (found.name, found.task) == ("tool-calls", "chat-completion")
+    kept = json.loads(place.with_name("package-gguf.conformance.json").read_text())
+    assert not kept["passed"] and len(kept["results"]) == len(TARGETS)
+
+    answer = Runtime.load(run.model, "cpu").answer([{"messages": json.dumps([{"role": "user", "content": "Pay"}])}])
+    (tmp_path / "rows.jsonl").write_text('{"input_string": "Pay"}\n')
+    (tmp_path / "bin").mkdir()
+    engine = tmp_path / "bin" / "llama-server"
+    engine.write_text(ENGINE.format(python=sys.executable, text=answer[0]["output_string"]))
+    engine.chmod(0o755)
+    [asked] = conforming.run(str(place), ["llama-cpp"], rows_file=tmp_path / "rows.jsonl").results
+    assert (asked.state, asked.reason, asked.rows) == ("passed", "", 2)
+
+    shutil.move(place, tmp_path / "alone")
+    with pytest.raises(PackageError, match="move it back into the run"):
+        conforming.run(str(tmp_path / "alone"))
+
+
+ENGINE = """#!{python}
+import http.server, json, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        answer = json.dumps({{"choices": [{{"message": {{"content": {text!r}}}}}]}}).encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(answer))); self.end_headers()
+        self.wfile.write(answer)
+    def log_message(self, *arguments): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What every target is asked, and how what it answers is held against what this process answers."""
+"""What every target is asked, and how what it answers is held against what this process answers, on the CPU."""
 
 import math
 from collections.abc import Iterator
@@ -44,6 +44,11 @@ class Case:
     def model(self) -> Path:
         """The Hugging Face folder inside."""
         return self.package / "model"
+
+    @property
+    def gguf(self) -> Path | None:
+        """llama.cpp's file, where the package holds that instead of a Hugging Face folder."""
+        return next(iter(sorted(self.model.glob("*.gguf"))), None)
 
 
 def difference(wanted: Any, got: Any, place: str = "") -> tuple[float, str]:
