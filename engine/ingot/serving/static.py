@@ -36,6 +36,11 @@ class Asking(Ticket):
         self.params = {name: value for name, value in params.items() if value is not None}
         self.found: dict[int, dict[str, Any]] = {}
 
+    @property
+    def answered(self) -> bool:
+        """Whether every row has its answer."""
+        return len(self.found) == len(self.rows)
+
 
 class StaticEngine(Worker):
     """See `Engine`. Each turn answers up to `batch_tokens` of rows that ask for the same."""
@@ -148,21 +153,29 @@ class StaticEngine(Worker):
                 for place, answer in zip(group, answers, strict=True):
                     ticket, row = asked[place]
                     ticket.found[row] = answer
+                self._hand_out([ticket for ticket in dict.fromkeys(asked[place][0] for place in group)])
         except Exception as error:
-            if len(parts) > 1:
-                for part in parts:
+            left = [(ticket, places) for ticket, places in parts if not ticket.answered]
+            if len(left) > 1:
+                for part in left:
                     self._answer([part])
                 return
-            self._ended(parts[0][0], error)
+            self._ended(left[0][0], error)
             return
         finally:
             self._running = 0
         self._failures = 0
         self._paced(sum(sizes), now() - began)
-        for ticket, _ in parts:
-            if len(ticket.found) == len(ticket.rows):
+
+    def _hand_out(self, tickets: Sequence[Asking]) -> None:
+        """Tell the answers of requests whose last row has been answered: their clients ask again while others' rows
+        are computed.
+        """
+        for ticket in tickets:
+            if ticket.answered:
                 self.meter.first(now() - ticket.entered)
                 self._tell(ticket, [ticket.found[place] for place in range(len(ticket.rows))])
+        self._flush()
 
     def _ended(self, ticket: Asking, error: Exception) -> None:
         """`ticket` has failed: its other rows are not asked."""
