@@ -15,15 +15,15 @@ from typing import Any
 from ingot import pages
 from ingot.conformance.case import TOLERANCE, Case, Record
 from ingot.conformance.targets import FAILED, PASSED, SKIPPED, TARGETS, Result, all_passed, conform
-from ingot.errors import DataError, IngotError, PackageError, RecipeError
+from ingot.errors import DataError, IngotError, ModelError, PackageError, RecipeError
 from ingot.model.adapted import find_base, is_packaged_adapter
 from ingot.model.runtime import Runtime
 from ingot.packaging.bundle import check_manifest, metadata_of
 from ingot.packaging.gguf import MODEL_FILE
-from ingot.packaging.registry import fetched
+from ingot.packaging.registry import REFERENCE, fetched
 from ingot.packaging.versions import CONFORM, manifest_digest
 from ingot.progress import Progress
-from ingot.registering import REFERENCE, find, open_registry, package_of
+from ingot.registering import find, open_registry, package_of
 from ingot.registry import nearest
 from ingot.runfolder import Run, open_run, write_json
 from ingot.stages import examples_with_answers
@@ -101,14 +101,15 @@ def run(
 
 
 def opened(model: str, store: str | None = None) -> tuple[Path, Run | None]:
-    """The package that `model` names, and the run that it lies in. Raises PackageError where it is not what was
-    written.
+    """The package that `model` names, and the run that it lies in. Raises ModelError where there is none, PackageError
+    where it is not what was written.
     """
     run = None
     if model.startswith(REFERENCE):
         package = fetched(model, store)
         if not (package / "MLmodel").is_file():
-            raise PackageError(f"{model} is no package of Ingot's (no MLmodel); register one: ingot models register")
+            fix = "is no package of Ingot's (no MLmodel); register one: ingot models register"
+            raise ModelError("MODEL", model, fix)
     elif (Path(model).expanduser() / "model" / MODEL_FILE).is_file():
         package, run = _gguf_form(Path(model).expanduser().resolve())
     else:
@@ -118,10 +119,10 @@ def opened(model: str, store: str | None = None) -> tuple[Path, Run | None]:
 
 
 def _gguf_form(package: Path) -> tuple[Path, Run]:
-    """llama.cpp's form of a run's model, which is no MLflow model, and its run. Raises PackageError for one alone."""
+    """llama.cpp's form of a run's model, which is no MLflow model, and its run. Raises ModelError for one alone."""
     if not (package.parent / "run.json").is_file():
-        fix = "move it back into the run that it was made in: Ingot does not read GGUF, and asks the run's own model"
-        raise PackageError(f"{package} holds a GGUF file, and nothing that says what it should answer; {fix}")
+        fix = "holds a GGUF file, which is held against the model of the run that it was made in: move it back there"
+        raise ModelError("MODEL", str(package), fix)
     return package, open_run(package.parent)
 
 
