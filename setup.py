@@ -35,7 +35,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # parallel.strategy zero1, zero2, zero3
     "harness": ["lm_eval>=0.4.13,<0.5"],  # ingot evaluate --harness
     "structured": ["llguidance>=1.3,<2"],  # response_format and forced tool calls of the endpoint
-    "vllm": ["vllm>=0.11"],  # evaluate.engine vllm
+    "vllm": ["vllm>=0.11"],  # evaluate.engine vllm, ingot serve --engine vllm
     "quantization": ["bitsandbytes>=0.48"],  # quantization.kind nf4
     "dev": [
         "bitsandbytes>=0.48",

@@ -99,7 +99,7 @@ DOORS = {
     "sacrebleu": ("evaluation/",),
     "rouge_score": ("evaluation/",),
     "lm_eval": ("evaluation/harness.py",),
-    "vllm": ("evaluation/vllm_engine.py",),
+    "vllm": ("evaluation/vllm_engine.py", "serving/vllm_model.py"),
     "llguidance": ("serving/structured.py",),
     "seqeval": ("evaluation/entities.py",),
     "azureml_inference_server_http": ("packaging/azure/",),

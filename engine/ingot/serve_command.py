@@ -11,6 +11,7 @@ from ingot.serve_options import (
     Adapters,
     AdminRoutes,
     EndpointName,
+    EngineOf,
     MirrorTo,
     Models,
     Replay,
@@ -63,6 +64,7 @@ def serve(
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Lines on standard error, one a request.")
     ] = "text",
+    engine: EngineOf = "auto",
     adapter: Adapters = None,
     endpoint: EndpointName = None,
     version: VersionsOf = None,
@@ -122,6 +124,7 @@ def serve(
             max_body_bytes=max_body,
             log_format=log_format,
             admin_key=key,
+            engine=engine,
         )
         with refusing(parent):
             verbs.serve(

@@ -29,6 +29,14 @@ Models = Annotated[
         show_default=False,
     ),
 ]
+EngineOf = Annotated[
+    Literal["auto", "own", "vllm"],
+    typer.Option(
+        "--engine",
+        help="What runs the models: our own batches, or vLLM. auto: vLLM for models that write, where it is "
+        "installed and there is a GPU.",
+    ),
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(

@@ -11,8 +11,8 @@ from ingot.model.runtime import Runtime
 
 
 def without_weights(folder: Path) -> Runtime:
-    """Tokenizer, chat template, limits and ends of a causal model; a pass through it would fail. Raises as `Runtime.load`
-    does for a folder that it cannot read.
+    """Tokenizer, chat template, limits and ends of a causal model; a pass through it would fail. Raises OSError or
+    ValueError for a folder that it cannot read.
     """
     said = described(folder)
     with torch.device("meta"):

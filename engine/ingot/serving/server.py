@@ -23,6 +23,7 @@ from ingot.serving.app import WARM_UP_S, create_app
 from ingot.serving.channel import Parent
 from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.engine import Limits
+from ingot.serving.engines import Wanted
 from ingot.serving.fleet import Fleet, Target, deploy
 from ingot.serving.gate import MAX_BODY_BYTES, Rules
 from ingot.serving.keys import KEY_VARIABLE, Keyring
@@ -53,6 +54,7 @@ class Options:
     max_body_bytes: int = MAX_BODY_BYTES
     log_format: Format = "text"
     admin_key: str | None = field(default=None, repr=False)
+    engine: Wanted = "auto"
 
 
 def check_address(host: str, port: int) -> None:
@@ -134,7 +136,7 @@ def _start(
 ) -> tuple[DrainingServer, Deployments]:
     """A server whose models have answered. Raises ServeError."""
     metrics = Metrics()
-    deployments, stored = deploy(fleet, options.limits, metrics.of)
+    deployments, stored = deploy(fleet, options.limits, metrics.of, options.engine)
     deployments.wait_ready(WARM_UP_S)
     if not deployments.working:
         deployments.close()
@@ -197,14 +199,14 @@ def serve(
 class Endpoint:
     """The endpoint in a thread of this process: `with Endpoint(folder) as endpoint: endpoint.ask("...")`."""
 
-    def __init__(self, target: Path, host: str = "127.0.0.1", port: int = 0) -> None:
-        self.target, self.host, self.port = target, host, port
+    def __init__(self, target: Path, host: str = "127.0.0.1", port: int = 0, engine: Wanted = "own") -> None:
+        self.target, self.host, self.port, self.options = target, host, port, Options(engine=engine)
 
     def __enter__(self) -> Self:
         self._key, ring = os.environ.get(KEY_VARIABLE) or None, keyring(self.host)
         self._listener = bind(self.host, self.port)
         try:
-            self._server, deployments = _start(Fleet((Target(self.target),)), ring, Options())
+            self._server, deployments = _start(Fleet((Target(self.target),)), ring, self.options)
             self._runtime, self.name = deployments.all()[0].engine.runtime, deployments.all()[0].name
         except BaseException:
             self._listener.close()

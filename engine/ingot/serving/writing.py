@@ -15,7 +15,10 @@ from ingot.serving.worker import Ticket, Worker
 class Writing(Ticket):
     """Answers to be written. `todo`: rows that have not begun; `last`: when its rows had their last token. `record`: of
     the request, which has used the tokens that were run and written for it, also where it leaves before its answer.
+    `asked`: each row's sampling, as an engine that is not ours takes it.
     """
+
+    asked: Sequence[Any] = ()
 
     def __init__(self, rows: list[Row], streaming: bool, deadline: float | None) -> None:
         super().__init__(sum(map(most_tokens, rows)), deadline)
