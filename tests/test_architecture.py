@@ -100,6 +100,7 @@ DOORS = {
     "rouge_score": ("evaluation/",),
     "lm_eval": ("evaluation/harness.py",),
     "vllm": ("evaluation/vllm_engine.py", "serving/vllm_model.py"),
+    "opentelemetry": ("serving/tracing.py",),
     "llguidance": ("serving/structured.py",),
     "seqeval": ("evaluation/entities.py",),
     "azureml_inference_server_http": ("packaging/azure/",),

@@ -14,6 +14,7 @@ from ingot.serve_options import (
     EngineOf,
     MirrorTo,
     Models,
+    Otel,
     Replay,
     Supervise,
     VersionsOf,
@@ -72,6 +73,7 @@ def serve(
     weights: WeightsFile = None,
     replay: Replay = 0,
     admin: AdminRoutes = False,
+    otel: Otel = None,
     supervise: Supervise = True,
     override: Override = None,
     debug: Debug = False,
@@ -125,6 +127,7 @@ def serve(
             log_format=log_format,
             admin_key=key,
             engine=engine,
+            otel=otel,
         )
         with refusing(parent):
             verbs.serve(

@@ -135,6 +135,7 @@ class ContinuousEngine(WritingWorker):
         for ticket in {id(one): one for one in (self._of[id(row)] for row in rows)}.values():
             if entering and not ticket.last:
                 self.meter.first(moment - ticket.entered)
+                ticket.record.first()
             elif not entering:
                 self.meter.between(moment - ticket.last, 1)
             ticket.last = moment

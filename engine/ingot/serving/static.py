@@ -162,6 +162,7 @@ class StaticEngine(Worker):
         for ticket, _ in parts:
             if len(ticket.found) == len(ticket.rows):
                 self.meter.first(now() - ticket.entered)
+                ticket.record.first()
                 self._tell(ticket, [ticket.found[place] for place in range(len(ticket.rows))])
 
     def _ended(self, ticket: Asking, error: Exception) -> None:

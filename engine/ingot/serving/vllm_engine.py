@@ -162,6 +162,7 @@ class VllmEngine(WritingWorker):
         moment = now()
         if not ticket.last:
             self.meter.first(moment - ticket.entered)
+            ticket.record.first()
         else:
             self.meter.between(moment - ticket.last, 1)
         ticket.last = moment
