@@ -40,6 +40,7 @@ EXTRAS = {
     "otel": ["opentelemetry-sdk>=1.30,<2", "opentelemetry-exporter-otlp-proto-http>=1.30,<2"],
     "quantization": ["bitsandbytes>=0.48"],  # quantization.kind nf4
     "dev": [
+        "aiohttp>=3.10,<4",  # the load generator of the serving benchmark
         "bitsandbytes>=0.48",
         "deepspeed>=0.19.8,<0.20",
         "jsonschema>=4.21",
