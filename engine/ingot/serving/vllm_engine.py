@@ -115,19 +115,16 @@ class VllmEngine(WritingWorker):
 
     def _entering(self) -> list[tuple[Row, Any]]:
         """The rows that begin now, in the order of arrival, with what vLLM is asked of each."""
+        if len(self._rows) >= self.limits.rows:
+            return []
         chosen: list[tuple[Row, Any]] = []
         held = sum(most_tokens(row) for row, _ in self._rows.values())
-        for ticket in list(self._waiting):
-            while isinstance(ticket, Writing) and ticket.todo:
-                held += most_tokens(ticket.todo[0])
-                full = len(self._rows) + len(chosen) >= self.limits.rows
-                if full or ((self._rows or chosen) and held > self.cache_tokens):
-                    break
-                row = self._enter(ticket)
-                chosen.append((row, ticket.asked[row.index]))
-            else:
-                continue
-            break
+        for ticket in [one for one in self._waiting if isinstance(one, Writing) for _ in one.todo]:
+            held, running = held + most_tokens(ticket.todo[0]), len(self._rows) + len(chosen)
+            if running >= self.limits.rows or (running and held > self.cache_tokens):
+                break
+            row = self._enter(ticket)
+            chosen.append((row, ticket.asked[row.index]))
         self._begun([row for row, _ in chosen])
         return chosen
 
@@ -189,6 +186,7 @@ class VllmEngine(WritingWorker):
         super()._abandon(error)
         for row, _ in list(self._rows.values()):
             self._end(row)
+        self._of.clear()
 
 
 def _told(token: int, likely: Mapping[int, Any], top: int) -> Told:
