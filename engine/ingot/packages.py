@@ -66,7 +66,8 @@ def write_package(
     found = dict(run.record()["stages"].get("package", {}).get("forms", {}))
     with progress.stage("package", total=len(wanted) * (1 + verify), unit="steps") as bar:
         proof = _Proof(run, progress.note) if verify else None
-        for form in wanted:
+        # What another program may refuse comes last: the other forms are whole by then.
+        for form in sorted(wanted, key=lambda form: form == "gguf"):
             out = _write(run, form, parts)
             bar.advance(1)
             found[form] = {"folder": out.name}
