@@ -187,7 +187,6 @@ def test_a_conflict_stops_before_anything_is_written(run: Run) -> None:
     [
         ({"adapter": {"kind": "none"}, "package": {"forms": ["adapter"]}}, "full fine-tuning"),
         ({"package": {"forms": ["merged", "merged"]}}, "twice"),
-        ({"objective": {"task": "text-classification"}, "package": {"forms": ["adapter"]}}, "head of its own"),
         ({"objective": {"task": "text-classification"}, "package": {"forms": ["gguf"]}}, "gguf is for"),
     ],
 )
