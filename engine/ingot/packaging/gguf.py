@@ -38,7 +38,7 @@ BYTES = {
     12: 8,
 }  # of a value of each kind
 WORDS = "tokenizer.ggml."
-USE = "leave gguf out, or use merged"
+USE = "leave gguf out of package.forms"
 
 
 def find_converter() -> Path:
