@@ -181,7 +181,8 @@ def _adapter_folder(run: Run, folder: Path) -> Path:
 def _write_gguf(run: Run, parts: Parts, origin: Origin) -> Path:
     task, out = run.recipe.objective.task, run.form("gguf")
     with building(out) as folder:
-        gguf.convert(run.model, folder / "model", run.recipe.package.gguf_type)
+        base = base_folder(run.recipe, run.home)
+        gguf.convert(run.model, folder / "model", run.recipe.package.gguf_type, base)
         known = parts.metadata | {"quantization": run.recipe.package.gguf_type}
         known |= write_origin(folder, origin, parts.name)
         card = write_card(

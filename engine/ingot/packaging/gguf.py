@@ -1,5 +1,6 @@
 """The form for llama.cpp: its own converter, run as a program, where it is installed; and what that loses."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,14 +8,18 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ingot.errors import PackageError
+from ingot.packaging.shards import link
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 VARIABLE = "INGOT_GGUF_CONVERTER"
 MODEL_FILE = "model.gguf"
+VOCABULARY = "tokenizer.model"  # SentencePiece's own file, which transformers 5 reads and does not save
 LAST_LINES = 10
 # What the converter's last words mean for whoever packages a model.
 KNOWN = (
@@ -54,21 +59,47 @@ def find_converter() -> Path:
     return Path(found)
 
 
-def convert(folder: Path, out: Path, kind: str) -> Path:
-    """Write the model in `folder` as one GGUF file of type `kind` into `out`; return it. Raises PackageError."""
+def convert(folder: Path, out: Path, kind: str, base: Path | None = None) -> Path:
+    """Write the model in `folder` as one GGUF file of type `kind` into `out`; return it. `base`: the folder of what it
+    was trained from, for the tokenizer's own file. Raises PackageError.
+    """
     converter, target = find_converter(), out / MODEL_FILE
     out.mkdir(parents=True, exist_ok=True)
-    command = [str(converter), str(folder), "--outfile", str(target), "--outtype", kind]
-    if converter.suffix == ".py":
-        command.insert(0, sys.executable)
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", check=False
-    )
+    with _with_vocabulary(folder, base, out.parent) as source:
+        command = [str(converter), str(source), "--outfile", str(target), "--outtype", kind]
+        if converter.suffix == ".py":
+            command.insert(0, sys.executable)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", check=False
+        )
     if done.returncode != 0 or not target.is_file():
         raise PackageError(f"package.forms: gguf: {converter.name} made no GGUF of this model: {_reason(done)}")
     check_gguf(target)
     order_merges(target, folder / "tokenizer.json")
     return target
+
+
+@contextlib.contextmanager
+def _with_vocabulary(folder: Path, base: Path | None, place: Path) -> Iterator[Path]:
+    """`folder`; or one of links in `place` with `tokenizer.model` of its base, and in tokenizer_config.json with the
+    tokens that were added to that, where the converter looks for them.
+    """
+    if base is None or not (base / VOCABULARY).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=place) as name:
+        view = Path(name) / folder.name  # which the converter calls the model
+        for path in folder.iterdir():
+            if path.is_file() and path.name != "tokenizer_config.json":
+                link(path, view / path.name)
+        link(base / VOCABULARY, view / VOCABULARY)
+        tokenizer, settings = (
+            json.loads((folder / file).read_text(encoding="utf-8"))
+            for file in ("tokenizer.json", "tokenizer_config.json")
+        )
+        settings["added_tokens_decoder"] = {str(token["id"]): token for token in tokenizer["added_tokens"]}
+        (view / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        yield view
 
 
 def _reason(done: "subprocess.CompletedProcess[str]") -> str:

@@ -67,6 +67,35 @@ def test_what_it_made_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         gguf.convert(tmp_path, tmp_path / "out", "q8_0")
 
 
+LOOKS = """import json, pathlib, struct, sys
+source = pathlib.Path(sys.argv[1])
+assert source.name == "tuned", source
+found = json.loads((source / "tokenizer_config.json").read_text()) | {"files": sorted(p.name for p in source.iterdir())}
+pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0))
+pathlib.Path("FOUND").write_text(json.dumps(found))
+"""
+
+
+def test_the_converter_is_shown_the_base_s_own_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned, found = tmp_path / "base", tmp_path / "tuned", tmp_path / "found.json"
+    (tmp_path / "convert_hf_to_gguf.py").write_text(LOOKS.replace("FOUND", str(found)))
+    monkeypatch.setenv(gguf.VARIABLE, str(tmp_path / "convert_hf_to_gguf.py"))
+    base.mkdir()
+    tuned.mkdir()
+    added = {"id": 7, "content": "<turn>", "special": True}
+    (tuned / "tokenizer.json").write_text(json.dumps({"added_tokens": [added]}))
+    (tuned / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    gguf.convert(tuned, tmp_path / "out" / "model", "q8_0", base)
+    assert json.loads(found.read_text()) == {"bos_token": "<s>", "files": ["tokenizer.json", "tokenizer_config.json"]}
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    gguf.convert(tuned, tmp_path / "out" / "model", "q8_0", base)
+    shown = json.loads(found.read_text())
+    assert shown["files"] == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert (shown["bos_token"], shown["added_tokens_decoder"]) == ("<s>", {"7": added})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+    assert (tuned / "tokenizer_config.json").read_text() == '{"bos_token": "<s>"}'
+
+
 def test_a_header_is_read_as_the_format_says(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 291, 24) + b"more")
     assert gguf.check_gguf(tmp_path / "x") == 291
