@@ -38,6 +38,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.11"],  # evaluate.engine vllm
     "quantization": ["bitsandbytes>=0.48"],  # quantization.kind nf4
     "dev": [
+        "aiohttp>=3.10,<4",  # the load generator of the serving benchmark
         "bitsandbytes>=0.48",
         "deepspeed>=0.19.8,<0.20",
         "jsonschema>=4.21",

@@ -15,14 +15,14 @@ from typing import Any
 from ingot import pages
 from ingot.conformance.case import TOLERANCE, Case, Record
 from ingot.conformance.targets import FAILED, PASSED, SKIPPED, TARGETS, Result, all_passed, conform
-from ingot.errors import DataError, IngotError, PackageError, RecipeError
+from ingot.errors import DataError, IngotError, ModelError, PackageError, RecipeError
 from ingot.model.adapted import find_base, is_packaged_adapter
 from ingot.model.runtime import Runtime
 from ingot.packaging.bundle import check_manifest, metadata_of
-from ingot.packaging.registry import fetched
+from ingot.packaging.registry import REFERENCE, fetched
 from ingot.packaging.versions import CONFORM, manifest_digest
 from ingot.progress import Progress
-from ingot.registering import REFERENCE, find, open_registry, package_of
+from ingot.registering import find, open_registry, package_of
 from ingot.registry import nearest
 from ingot.runfolder import Run, write_json
 from ingot.stages import examples_with_answers
@@ -108,14 +108,15 @@ def run(
 
 
 def opened(model: str, store: str | None = None) -> tuple[Path, Run | None]:
-    """The package that `model` names, and the run that it lies in. Raises PackageError where it is not what was
-    written.
+    """The package that `model` names, and the run that it lies in. Raises ModelError where there is none, PackageError
+    where it is not what was written.
     """
     run = None
     if model.startswith(REFERENCE):
         package = fetched(model, store)
         if not (package / "MLmodel").is_file():
-            raise PackageError(f"{model} is no package of Ingot's (no MLmodel); register one: ingot models register")
+            fix = "is no package of Ingot's (no MLmodel); register one: ingot models register"
+            raise ModelError("MODEL", model, fix)
     else:
         package, run = package_of(Path(model))
     check_manifest(package)

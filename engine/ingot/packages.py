@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -66,21 +67,42 @@ def write_package(
         _check_adapter(run)
     parts = _parts(run, promotion, notes)
     verify = recipe.package.verify
-    found = dict(run.record()["stages"].get("package", {}).get("forms", {}))
+    common = {"lineage": parts.metadata["lineage"], "promotion": promotion["status"]}
     with progress.stage("package", total=len(wanted) * (1 + verify), unit="steps") as bar:
-        proof = _Proof(run, progress.note) if verify else None
+        proof = _Proof(run, progress.note, parts.example) if verify else None
         # What another program may refuse comes last: the other forms are whole by then.
         for form in sorted(wanted, key=lambda form: form == "gguf"):
             out = _write(run, form, parts)
             bar.advance(1)
-            found[form] = {"folder": out.name}
+            found = packaged_forms(run)
+            if found.pop(form, None) is not None:  # another package lies there now, which is not proved yet
+                _note(run, found, common)
+            facts: dict[str, Any] = {"folder": out.name, "verified": verify}
             if proof is not None:
                 done = proof.of(form, out)
-                found[form] |= {"difference": done.difference, "tolerance": done.tolerance}
+                facts |= {"difference": done.difference, "tolerance": done.tolerance}
                 bar.advance(1)
-    facts = {"verified": verify, "promotion": promotion["status"], "forms": found}
-    run.note_stage("package", time.perf_counter() - started, lineage=parts.metadata["lineage"], **facts)
+            ended = time.perf_counter()
+            _note(run, found | {form: facts | {"seconds": round(ended - started, 3)}}, common)
+            started = ended
     return run.form(wanted[0])
+
+
+def packaged_forms(run: Run) -> dict[str, dict[str, Any]]:
+    """Form -> what the run's record says of it, of those that were written (and proved, if the recipe says so)."""
+    found = run.record()["stages"].get("package", {}).get("forms", {})
+    return {form: facts for form, facts in found.items() if run.form(form).is_dir()}
+
+
+def missing_forms(run: Run) -> list[Form]:
+    """The forms of the run's recipe that are yet to be packaged."""
+    return [form for form in run.recipe.package.forms if form not in packaged_forms(run)]
+
+
+def _note(run: Run, found: dict[str, dict[str, Any]], common: dict[str, Any]) -> None:
+    seconds = sum(facts.get("seconds", 0.0) for facts in found.values())
+    verified = bool(found) and all(facts.get("verified", False) for facts in found.values())
+    run.note_stage("package", seconds, **common, verified=verified, forms=found)
 
 
 def check_forms(recipe: Recipe) -> None:
@@ -194,43 +216,45 @@ def _write_gguf(run: Run, parts: Parts, origin: Origin) -> Path:
 
 
 class _Proof:
-    """What the forms of a run are held against: the merged model's answers and logits in this process."""
+    """What the forms of a run are held against: the merged model's answers and logits in this process, each made when
+    the first form asks for it.
+    """
 
-    def __init__(self, run: Run, note: Callable[[str], None]) -> None:
-        self.run, self.note = run, note
-        self.examples, self.expected = examples_with_answers(run)
-        self._logits: list[list[float]] | None = None
+    def __init__(self, run: Run, note: Callable[[str], None], example: dict[str, Any]) -> None:
+        self.run, self.note, self.example = run, note, example
+
+    @cached_property
+    def asked(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Rows, and what the run's model answers."""
+        return examples_with_answers(self.run)
+
+    @cached_property
+    def logits(self) -> list[list[float]]:
+        """Of those rows."""
+        return probe(Runtime.load(self.run.model), self.asked[0])
 
     def of(self, form: Form, out: Path) -> Verification:
         """Load `out` in a clean process and compare; what came of it is added to the package."""
-        recipe = self.run.recipe
         if form == "gguf":
             tensors = gguf.check_gguf(out / "model" / gguf.MODEL_FILE)
             add_file(out, "verification.json", {"tensors": tensors, "compared": "the file's header only"})
             return Verification(0, [], 0, 0.0)
-        more: dict[str, Any] = {}
-        if form == "merged":
-            done = verify_package(out, self.examples, self.expected)
-            # What `ingot conform` holds every later load against.
-            example = json.loads((self.run.model / RUNTIME_FILE).read_text(encoding="utf-8"))["example"]
-            more = {"answer": Runtime.load(self.run.model).answer([example])[0]}
-        elif form == "quantized":
-            done = verify_package(out, self.examples, self.expected, near=self._near(recipe.package.quantization))
-        else:
-            kind = recipe.quantization.kind if recipe.quantization.kind != "none" else recipe.model.dtype
-            base = base_folder(recipe, self.run.home)
-            env = {adapted.BASE_VARIABLE: str(base)}
-            done = verify_package(out, self.examples, self.expected, near=self._near(kind), env=env)
+        env = {adapted.BASE_VARIABLE: str(base_folder(self.run.recipe, self.run.home))} if form == "adapter" else {}
+        done = verify_package(out, *self.asked, example=self.example, near=self._near(form), env=env)
         record = {key: it for key, it in done.as_dict().items() if key in ("examples", "difference", "tolerance")}
         compared = "answers, equal" if done.difference is None else "logits, as a share of the largest"
+        # What `ingot conform` holds every later load against: the run's own model, or the form that rounds otherwise.
+        answer = Runtime.load(self.run.model).answer([self.example])[0] if form == "merged" else done.answer
         found = verified_with(out)
-        add_file(out, "verification.json", {"compared": compared, **record, **more, **found})
+        add_file(out, "verification.json", {"compared": compared, **record, "answer": answer, **found})
         for name, pinned in found["pinned_otherwise"].items():
             here = found["versions"][name] or "none"
             self.note(f"package: {out.name} pins {name} {pinned}, which trained it, and was verified with {here}")
         return done
 
-    def _near(self, kind: str) -> Near:
-        if self._logits is None:
-            self._logits = probe(Runtime.load(self.run.model), self.examples)
-        return Near(self._logits, TOLERANCES[kind])
+    def _near(self, form: Form) -> Near | None:
+        recipe = self.run.recipe
+        if form == "merged":
+            return None
+        kind = recipe.quantization.kind if recipe.quantization.kind != "none" else recipe.model.dtype
+        return Near(self.logits, TOLERANCES[recipe.package.quantization if form == "quantized" else kind])

@@ -131,7 +131,8 @@ def test_the_page_escapes_what_targets_say(package: Path, planted: None, tmp_pat
 def test_wrong_arguments_are_one_line(package: Path, tmp_path: Path) -> None:
     unknown = ingot(package, "-t", "pyfunk")
     assert unknown.exit_code == 2 and "did you mean 'pyfunc'?" in unknown.stderr
-    assert "no MLmodel" in ingot(tmp_path / "nothing", "-t", "pyfunc").stderr
+    nowhere = ingot(tmp_path / "nothing", "-t", "pyfunc")
+    assert nowhere.exit_code == 2 and "no MLmodel" in nowhere.stderr
     assert "does not exist" in ingot(package, "-t", "pyfunc", "--report", tmp_path / "no" / "page.html").stderr
 
 
@@ -142,8 +143,11 @@ def test_a_registered_version_is_tagged(
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     registry = registering.open_registry()
-    made, _ = registering.register(registry, package)
-    assert ingot(made.uri, "-t", "good", "-t", "absent").exit_code == 0
+    registering.register(registry, package)
+    assert ingot("models:/tiny/latest", "-t", "good", "-t", "absent").exit_code == 0
+    for unknown in ("models:/nope/1", "models:/tiny/7", "models:/tiny@nobody"):
+        refused = ingot(unknown, "-t", "good")
+        assert refused.exit_code == 2 and unknown in refused.stderr
     said = registry.version("tiny").as_dict()["conformance"]
     assert said["good"].startswith("passed 20") and said["absent"].startswith("skipped")
 

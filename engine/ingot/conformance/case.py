@@ -64,8 +64,9 @@ def difference(wanted: Any, got: Any, place: str = "") -> tuple[float, str]:
         pairs = enumerate(zip(wanted, got, strict=True))
         return _all((difference(a, b, f"{place}[{i}]") for i, (a, b) in pairs))
     if isinstance(wanted, float) and isinstance(got, int | float) and not isinstance(got, bool):
-        apart = abs(wanted - got) if math.isfinite(wanted) and math.isfinite(got) else math.inf * (wanted != got)
-        apart = 0.0 if math.isnan(wanted) and math.isnan(got) else apart
+        same = wanted == got or (math.isnan(wanted) and math.isnan(got))  # of infinities no difference can be taken
+        apart = 0.0 if same else abs(wanted - got)
+        apart = math.inf if math.isnan(apart) else apart
         return apart, "" if apart <= TOLERANCE else f"{place} differs by {apart:.3g}"
     if isinstance(wanted, str) and isinstance(got, str) and wanted != got:
         texts = enumerate(zip(wanted, got, strict=False))

@@ -21,7 +21,7 @@ def pyfunc(case: Case) -> Answers:
     for columns in dict.fromkeys(map(tuple, case.rows)):  # a frame has the same columns in every row
         places = [place for place, row in enumerate(case.rows) if tuple(row) == columns]
         asked = [case.rows[place] for place in places]
-        answers = ask_child(replace(case, rows=asked), CLEAN_PROCESS, logits=False)["rows"]
+        answers = ask_child(replace(case, rows=asked), CLEAN_PROCESS, example=None, logits=False)["rows"]
         for place, answer in zip(places, answers, strict=True):
             found[place] = answer
     yield "rows", found

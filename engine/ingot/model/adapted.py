@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,18 @@ def find_base(folder: Path) -> Path:
 
 def weights_digest(folder: Path) -> str:
     """One SHA-256 of all safetensors files in `folder`, whatever they are called."""
-    digests = []
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digest_of(map(sha256, folder.glob("*.safetensors")))
+
+
+def digest_of(digests: Iterable[str]) -> str:
+    """One SHA-256 of several files' hashes, whatever their order."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file, read once from end to end in small portions."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _candidates(folder: Path, wanted: dict[str, Any]) -> Iterator[Path]:

@@ -29,15 +29,6 @@ def probe(runtime: Any, rows: Sequence[dict[str, Any]]) -> list[list[float]]:
     return found
 
 
-def apart(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    """max|second - first| / max|first| of the worst row."""
-    worst = 0.0
-    for a, b in zip(first, second, strict=True):
-        one, other = torch.tensor(a), torch.tensor(b)
-        worst = max(worst, ((other - one).abs().max() / one.abs().max().clamp_min(1e-6)).item())
-    return worst
-
-
 def _ids(runtime: Any, row: dict[str, Any]) -> list[int]:
     [read], _ = runtime.read([row])
     if runtime.task in WRITING:
