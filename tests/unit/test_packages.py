@@ -275,6 +275,22 @@ def test_the_proof_of_a_gguf_loads_no_model(run: Run, tmp_path: Path, monkeypatc
     assert json.loads((out / "verification.json").read_text())["tensors"] == 12
 
 
+def test_a_converter_that_fails_leaves_the_other_forms(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "convert.py").write_text("raise NotImplementedError('BPE pre-tokenizer was not recognized')")
+    monkeypatch.setenv("INGOT_GGUF_CONVERTER", str(tmp_path / "convert.py"))
+    with pytest.raises(PackageError) as caught:
+        write_package(run, NO_POLICY, "", QUIET, ["gguf", "merged"])
+    assert str(caught.value) == (
+        "package.forms: gguf: convert.py made no GGUF of this model: it does not know this model's tokenizer, of which "
+        "it keeps a list; leave gguf out of package.forms"
+    )
+    check_manifest(run.package)
+    assert list(run.record()["stages"]["package"]["forms"]) == ["merged"]
+    assert not list(run.folder.glob("*gguf*"))
+
+
 @pytest.mark.slow
 def test_each_form_is_proved_in_a_clean_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
