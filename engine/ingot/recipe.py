@@ -246,6 +246,8 @@ class Serve(Section):
     """Address to listen on."""
     port: int = Field(default=0, ge=0, le=65535)
     """0: a free one is taken and printed."""
+    engine: Literal["own", "vllm"] = "own"
+    """What answers: our own engines, or vLLM, which needs a GPU and a model that writes."""
     question: str | None = None
     """What `ingot run` asks. None: the first test row."""
 

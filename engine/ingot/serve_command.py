@@ -11,8 +11,10 @@ from ingot.serve_options import (
     Adapters,
     AdminRoutes,
     EndpointName,
+    EngineOf,
     MirrorTo,
     Models,
+    Otel,
     Replay,
     Supervise,
     VersionsOf,
@@ -63,6 +65,7 @@ def serve(
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Lines on standard error, one a request.")
     ] = "text",
+    engine: EngineOf = "auto",
     adapter: Adapters = None,
     endpoint: EndpointName = None,
     version: VersionsOf = None,
@@ -70,6 +73,7 @@ def serve(
     weights: WeightsFile = None,
     replay: Replay = 0,
     admin: AdminRoutes = False,
+    otel: Otel = None,
     supervise: Supervise = True,
     override: Override = None,
     debug: Debug = False,
@@ -122,6 +126,8 @@ def serve(
             max_body_bytes=max_body,
             log_format=log_format,
             admin_key=key,
+            engine=engine,
+            otel=otel,
         )
         with refusing(parent):
             verbs.serve(

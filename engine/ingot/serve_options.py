@@ -29,6 +29,14 @@ Models = Annotated[
         show_default=False,
     ),
 ]
+EngineOf = Annotated[
+    Literal["auto", "own", "vllm"],
+    typer.Option(
+        "--engine",
+        help="What runs the models: our own batches, or vLLM. auto: vLLM for models that write, where it is "
+        "installed and there is a GPU.",
+    ),
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
@@ -62,6 +70,15 @@ Replay = Annotated[
 ]
 AdminRoutes = Annotated[
     bool, typer.Option("--admin", help="Change weights at /admin on this machine, with the key of INGOT_ADMIN_KEY.")
+]
+Otel = Annotated[
+    str | None,
+    typer.Option(
+        "--otel",
+        help="Address of an OpenTelemetry collector (OTLP over HTTP) that gets a span a request. None: as "
+        "OTEL_EXPORTER_OTLP_ENDPOINT says.",
+        show_default=False,
+    ),
 ]
 Supervise = Annotated[
     bool, typer.Option("--supervise/--no-supervise", help="Start the serving process again when it dies.")

@@ -255,7 +255,8 @@ def ask_endpoint(run: Run, progress: Progress) -> None:
     facts = json.loads((run.model / "ingot.json").read_text(encoding="utf-8"))
     with progress.stage("serve", total=1, unit="questions") as bar:
         question = run.recipe.serve.question or facts["example"]
-        with Endpoint(servable(run.folder), host=run.recipe.serve.host, port=run.recipe.serve.port) as endpoint:
+        how = run.recipe.serve
+        with Endpoint(servable(run.folder), host=how.host, port=how.port, engine=how.engine) as endpoint:
             reply = endpoint.ask(question)
         bar.advance(1)
     asked = next(iter(question.values())) if isinstance(question, dict) else question

@@ -23,6 +23,7 @@ from ingot.serving.app import WARM_UP_S, create_app
 from ingot.serving.channel import Parent
 from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.engine import Limits
+from ingot.serving.engines import Wanted
 from ingot.serving.fleet import Fleet, Target, deploy
 from ingot.serving.gate import MAX_BODY_BYTES, Rules
 from ingot.serving.keys import KEY_VARIABLE, Keyring
@@ -30,6 +31,7 @@ from ingot.serving.listening import bind, keyring, url_of
 from ingot.serving.logs import Format, write_logs
 from ingot.serving.metrics import Metrics
 from ingot.serving.replay import Stored
+from ingot.serving.tracing import Traces, traces_to
 
 START_TIMEOUT_S = 60.0
 UNWELL_S = 60.0  # without a model at work behind a name: then the process has to be started again
@@ -53,6 +55,8 @@ class Options:
     max_body_bytes: int = MAX_BODY_BYTES
     log_format: Format = "text"
     admin_key: str | None = field(default=None, repr=False)
+    engine: Wanted = "auto"
+    otel: str | None = None  # a collector's address; None: OpenTelemetry's own variables say whether there is one
 
 
 def check_address(host: str, port: int) -> None:
@@ -111,13 +115,20 @@ def make_server(
     options: Options,
     stored: Mapping[Deployed, Sequence[Stored]] | None = None,
     started: Callable[[], None] | None = None,
+    traces: Traces | None = None,
 ) -> DrainingServer:
-    """A server over engines that have been started; `stored` and `started` as `create_app` takes them."""
+    """A server over engines that have been started; `stored`, `started` and `traces` as `create_app` takes them."""
     minute = options.requests_per_minute, options.tokens_per_minute
     rules = Rules(ring, *minute, options.deadline_s, options.max_body_bytes, local=ring.open)
     config = uvicorn.Config(
         create_app(
-            deployments, rules=rules, metrics=metrics, admin_key=options.admin_key, stored=stored, started=started
+            deployments,
+            rules=rules,
+            metrics=metrics,
+            traces=traces,
+            admin_key=options.admin_key,
+            stored=stored,
+            started=started,
         ),
         log_level="warning",
         access_log=False,  # the gate writes a line a request
@@ -133,14 +144,14 @@ def _start(
     fleet: Fleet, ring: Keyring, options: Options, started: Callable[[], None] | None = None
 ) -> tuple[DrainingServer, Deployments]:
     """A server whose models have answered. Raises ServeError."""
-    metrics = Metrics()
-    deployments, stored = deploy(fleet, options.limits, metrics.of)
+    metrics, traces = Metrics(), traces_to(options.otel)
+    deployments, stored = deploy(fleet, options.limits, metrics.of, options.engine)
     deployments.wait_ready(WARM_UP_S)
     if not deployments.working:
         deployments.close()
         given = [str(target.folder) for target in (*fleet.models, *fleet.versions.values())]
         raise ServeError("MODEL", ", ".join(given), "the model loads, but does not answer; the log says why")
-    return make_server(deployments, ring, metrics, options, stored, started), deployments
+    return make_server(deployments, ring, metrics, options, stored, started, traces), deployments
 
 
 def serve(
@@ -197,14 +208,23 @@ def serve(
 class Endpoint:
     """The endpoint in a thread of this process: `with Endpoint(folder) as endpoint: endpoint.ask("...")`."""
 
-    def __init__(self, target: Path, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        target: Path,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        engine: Wanted = "own",
+        otel: str | None = None,
+    ) -> None:
         self.target, self.host, self.port = target, host, port
+        self.options = Options(engine=engine, otel=otel)
 
     def __enter__(self) -> Self:
         self._key, ring = os.environ.get(KEY_VARIABLE) or None, keyring(self.host)
         self._listener = bind(self.host, self.port)
         try:
-            self._server, deployments = _start(Fleet((Target(self.target),)), ring, Options())
+            self._server, deployments = _start(Fleet((Target(self.target),)), ring, self.options)
             self._runtime, self.name = deployments.all()[0].engine.runtime, deployments.all()[0].name
         except BaseException:
             self._listener.close()

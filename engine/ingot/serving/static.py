@@ -234,6 +234,7 @@ class StaticEngine(Worker):
         for ticket in tickets:
             if ticket.answered:
                 self.meter.first(now() - ticket.entered)
+                ticket.record.first()
                 self._tell(ticket, [ticket.found[place] for place in range(len(ticket.rows))])
         self._flush()
 
