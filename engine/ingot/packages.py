@@ -16,8 +16,9 @@ from typing import Any, cast, get_args
 from ingot.errors import MissingPackage, PackageError, RecipeError
 from ingot.model import adapted
 from ingot.model.few_bits import write_few_bits
+from ingot.model.load import few_bits
 from ingot.model.probing import probe
-from ingot.model.runtime import Runtime
+from ingot.model.runtime import Runtime, missing_over_base
 from ingot.packaging import gguf, licences
 from ingot.packaging.bundle import RUNTIME_FILE, Origin, add_file, building, package_model, write_origin
 from ingot.packaging.card import write_card
@@ -62,12 +63,15 @@ def write_package(
         raise RecipeError("--form", min(unknown), nearest(min(unknown), get_args(Form)))
     wanted: Sequence[Form] = cast(Sequence[Form], forms) if forms else recipe.package.forms
     check_forms(recipe.model_copy(update={"package": recipe.package.model_copy(update={"forms": list(wanted)})}))
+    if "adapter" in wanted:
+        _check_adapter(run)
     parts = _parts(run, promotion, notes)
     verify = recipe.package.verify
     common = {"lineage": parts.metadata["lineage"], "promotion": promotion["status"]}
     with progress.stage("package", total=len(wanted) * (1 + verify), unit="steps") as bar:
         proof = _Proof(run, progress.note, parts.example) if verify else None
-        for form in wanted:
+        # What another program may refuse comes last: the other forms are whole by then.
+        for form in sorted(wanted, key=lambda form: form == "gguf"):
             out = _write(run, form, parts)
             bar.advance(1)
             found = packaged_forms(run)
@@ -163,6 +167,18 @@ def _write(run: Run, form: Form, parts: Parts) -> Path:
         )
 
 
+def _check_adapter(run: Run) -> None:
+    """Raise RecipeError where the trained model has weights that neither its base nor its adapter holds."""
+    base = base_folder(run.recipe, run.home)
+    if base is None or few_bits(run.recipe.model, run.home) is not None:
+        return  # its absence is said where the adapter's folder is made; one in few bits trains no head
+    with tempfile.TemporaryDirectory(prefix=".form-", dir=run.folder) as place:
+        lost = missing_over_base(_adapter_folder(run, Path(place) / "model"), base)
+    if lost:
+        why = f"neither its base nor its adapter holds {', '.join(lost[:3])} of the trained model; use merged"
+        raise RecipeError("package.forms", "adapter", why)
+
+
 def _adapter_folder(run: Run, folder: Path) -> Path:
     """The adapter with everything but weights that its packaged model needs, and its base by name and hash."""
     base = lineage_of(run)["base"]
@@ -176,6 +192,7 @@ def _adapter_folder(run: Run, folder: Path) -> Path:
     for path in run.adapter.iterdir():
         shutil.copyfile(path, folder / path.name)
     named = {key: base[key] for key in ("source", "revision", "files", "weights")}
+    named["head"] = adapted.head_settings(json.loads((run.model / "config.json").read_text(encoding="utf-8")))
     write_json(folder / adapted.BASE_FILE, named)
     config = json.loads((folder / adapted.ADAPTER_FILE).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": plain_name(run.recipe.model.source), "revision": base["revision"]}
@@ -186,7 +203,8 @@ def _adapter_folder(run: Run, folder: Path) -> Path:
 def _write_gguf(run: Run, parts: Parts, origin: Origin) -> Path:
     task, out = run.recipe.objective.task, run.form("gguf")
     with building(out) as folder:
-        gguf.convert(run.model, folder / "model", run.recipe.package.gguf_type)
+        base = base_folder(run.recipe, run.home)
+        gguf.convert(run.model, folder / "model", run.recipe.package.gguf_type, base)
         known = parts.metadata | {"quantization": run.recipe.package.gguf_type}
         known |= write_origin(folder, origin, parts.name)
         card = write_card(

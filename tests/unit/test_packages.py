@@ -191,7 +191,6 @@ def test_a_conflict_stops_before_anything_is_written(run: Run) -> None:
     [
         ({"adapter": {"kind": "none"}, "package": {"forms": ["adapter"]}}, "full fine-tuning"),
         ({"package": {"forms": ["merged", "merged"]}}, "twice"),
-        ({"objective": {"task": "text-classification"}, "package": {"forms": ["adapter"]}}, "head of its own"),
         ({"objective": {"task": "text-classification"}, "package": {"forms": ["gguf"]}}, "gguf is for"),
     ],
 )
@@ -276,6 +275,22 @@ def test_the_proof_of_a_gguf_loads_no_model(run: Run, tmp_path: Path, monkeypatc
     proved = run.recipe.model_copy(update={"package": run.recipe.package.model_copy(update={"verify": True})})
     out = write_package(Run(run.folder, proved, run.home), NO_POLICY, "", QUIET, ["gguf"])
     assert json.loads((out / "verification.json").read_text())["tensors"] == 12
+
+
+def test_a_converter_that_fails_leaves_the_other_forms(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "convert.py").write_text("raise NotImplementedError('BPE pre-tokenizer was not recognized')")
+    monkeypatch.setenv("INGOT_GGUF_CONVERTER", str(tmp_path / "convert.py"))
+    with pytest.raises(PackageError) as caught:
+        write_package(run, NO_POLICY, "", QUIET, ["gguf", "merged"])
+    assert str(caught.value) == (
+        "package.forms: gguf: convert.py made no GGUF of this model: it does not know this model's tokenizer, of which "
+        "it keeps a list; leave gguf out of package.forms"
+    )
+    check_manifest(run.package)
+    assert list(run.record()["stages"]["package"]["forms"]) == ["merged"]
+    assert not list(run.folder.glob("*gguf*"))
 
 
 @pytest.mark.slow
