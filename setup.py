@@ -35,9 +35,12 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # parallel.strategy zero1, zero2, zero3
     "harness": ["lm_eval>=0.4.13,<0.5"],  # ingot evaluate --harness
     "structured": ["llguidance>=1.3,<2"],  # response_format and forced tool calls of the endpoint
-    "vllm": ["vllm>=0.11"],  # evaluate.engine vllm
+    "vllm": ["vllm>=0.11"],  # evaluate.engine vllm, ingot serve --engine vllm
+    # ingot serve --otel
+    "otel": ["opentelemetry-sdk>=1.30,<2", "opentelemetry-exporter-otlp-proto-http>=1.30,<2"],
     "quantization": ["bitsandbytes>=0.48"],  # quantization.kind nf4
     "dev": [
+        "aiohttp>=3.10,<4",  # the load generator of the serving benchmark
         "bitsandbytes>=0.48",
         "deepspeed>=0.19.8,<0.20",
         "jsonschema>=4.21",
@@ -45,6 +48,8 @@ EXTRAS = {
         "lm_eval>=0.4.13,<0.5",  # tests and benchmarks hold scores and prompts against it
         "mypy>=1.15",
         "openai>=2.0,<4",  # contract tests of the endpoint
+        "opentelemetry-exporter-otlp-proto-http>=1.30,<2",
+        "opentelemetry-sdk>=1.30,<2",
         "pre-commit>=4.0",
         "pytest>=8.3",
         "pytest-timeout>=2.3",

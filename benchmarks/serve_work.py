@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 LABELS = ("calm", "glad", "sad", "angry")
+# Words of banking77's questions: (share of all, fewest, most). Mean 12.
+QUESTIONS = ((5, 2, 5), (20, 5, 7), (25, 7, 10), (25, 10, 13), (20, 13, 29), (5, 29, 43))
 
 
 class Size(NamedTuple):
@@ -27,11 +29,11 @@ class Size(NamedTuple):
     answer: tuple[int, int]  # tokens
     encoder_hidden: int
     encoder_layers: int
-    text: tuple[int, int]  # words
+    longest: int  # words of a text
 
 
-FULL = Size(512, 12, 32_000, (10, 200), (8, 128), 384, 6, (4, 60))
-QUICK = Size(64, 2, 1024, (4, 12), (2, 8), 32, 2, (4, 12))
+FULL = Size(512, 12, 32_000, (10, 200), (8, 128), 384, 6, 60)
+QUICK = Size(64, 2, 1024, (4, 12), (2, 8), 32, 2, 12)
 
 
 def prepare(folder: Path, size: Size) -> None:
@@ -99,9 +101,17 @@ def writing(size: Size, count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def classifying(size: Size, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Texts of mixed lengths."""
+    """Texts of all lengths up to the longest."""
     draws = random.Random(seed)
-    return [{"text": words(draws, draws.randint(*size.text), size.vocabulary)} for _ in range(count)]
+    return [{"text": words(draws, draws.randint(4, size.longest), size.vocabulary)} for _ in range(count)]
+
+
+def asking(size: Size, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts that are as long as what people ask their bank."""
+    draws = random.Random(seed)
+    ranges = draws.choices(QUESTIONS, [share for share, _, _ in QUESTIONS], k=count)
+    lengths = [min(draws.randint(fewest, most), size.longest) for _, fewest, most in ranges]
+    return [{"text": words(draws, length, size.vocabulary)} for length in lengths]
 
 
 def expected(request: dict[str, Any]) -> str:

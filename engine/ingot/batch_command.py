@@ -58,7 +58,9 @@ def batch(
         str, typer.Option(help="How many rows may fail: a number, a share, or -1 for any number.")
     ] = "10%",
     retries: Annotated[int, typer.Option(help="Further tries of what failed for a moment.", min=0, max=10)] = 2,
-    limit: Annotated[int | None, typer.Option(help="Only so many rows.", min=1, show_default=False)] = None,
+    max_rows: Annotated[
+        int | None, typer.Option("--max-rows", "--limit", help="Only so many rows.", min=1, show_default=False)
+    ] = None,
     bucket_rows: Annotated[
         int | None, typer.Option(help="Rows a part. None: 512, more in long inputs.", min=1, show_default=False)
     ] = None,
@@ -107,7 +109,7 @@ def batch(
             id_column=id_column,
             max_errors=max_errors,
             retries=retries,
-            limit=limit,
+            limit=max_rows,
             bucket_rows=bucket_rows,
             name=name,
             override=override,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ingot.errors import IngotError, RecipeError
-from ingot.evaluation.compare import Comparison, Difference, compare_all
+from ingot.evaluation.compare import Comparison, Difference, compare_all, save_comparisons
 from ingot.evaluation.page import write_report
 from ingot.evaluation.page_input import Change, change
 from ingot.evaluation.pairing import Kept
@@ -50,7 +50,7 @@ def compare(
     Args:
         places: folders of evaluations, or runs. One run alone is its base against its tuned model; of several, the
             tuned models are compared.
-        out: folder for the report with every row, and for `comparison.json` of the first two.
+        out: folder for the report with every row, and for `comparison.json` of all pairs.
         slices: fields whose parts are compared too: columns that `evaluate.slices` or a task file named, `label` of
             classes, `length` of prompts; ("all",), or "all", is every field there is.
         alpha: an adjusted p-value below it is a difference. 0 to 1.
@@ -76,7 +76,7 @@ def compare(
     if out is not None:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        found[0].save(out)
+        save_comparisons(found, out)
         notes = [note for comparison in found for note in notes_of(comparison)]
         write_report(out, changes_of(found), models, " and ".join(models), notes=list(dict.fromkeys(notes)))
     return found

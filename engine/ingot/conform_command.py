@@ -35,12 +35,14 @@ def conform(
         bool, typer.Option("--no-install", help="Skip targets whose environment is not there yet.")
     ] = False,
     page: Annotated[Path | None, typer.Option("--report", help="Also write an HTML page.", show_default=False)] = None,
-    timeout: Annotated[float, typer.Option(help="Most seconds that a target may take to answer.", min=1)] = 300.0,
+    timeout: Annotated[
+        float, typer.Option(help="Most seconds that a target may take to start, and to answer.", min=1)
+    ] = 300.0,
     store: Annotated[str | None, typer.Option(help="The registry of models:/ names.", show_default=False)] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Load a package as each target would, and compare what it answers with what Ingot answers here.
+    """Load a package as each target would, and compare what it answers with what Ingot answers here, on the CPU.
 
     A target that cannot run here is skipped, with the reason, and never counts as passed. Packages that conflict with
     ours are installed in environments of their own, kept below INGOT_CACHE (else ~/.cache/ingot).

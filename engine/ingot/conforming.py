@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +15,17 @@ from typing import Any
 from ingot import pages
 from ingot.conformance.case import TOLERANCE, Case, Record
 from ingot.conformance.targets import FAILED, PASSED, SKIPPED, TARGETS, Result, all_passed, conform
-from ingot.errors import DataError, IngotError, PackageError, RecipeError
+from ingot.errors import DataError, IngotError, ModelError, PackageError, RecipeError
 from ingot.model.adapted import find_base, is_packaged_adapter
 from ingot.model.runtime import Runtime
 from ingot.packaging.bundle import check_manifest, metadata_of
-from ingot.packaging.registry import fetched
+from ingot.packaging.gguf import MODEL_FILE
+from ingot.packaging.registry import REFERENCE, fetched
 from ingot.packaging.versions import CONFORM, manifest_digest
 from ingot.progress import Progress
-from ingot.registering import REFERENCE, find, open_registry, package_of
+from ingot.registering import find, open_registry, package_of
 from ingot.registry import nearest
-from ingot.runfolder import Run, write_json
+from ingot.runfolder import Run, open_run, write_json
 from ingot.stages import examples_with_answers
 
 TEMPLATE = Path(__file__).parent / "conformance" / "report.html.jinja"
@@ -34,14 +35,11 @@ MOST_ROWS = 20
 
 @dataclass(frozen=True)
 class Conformance:
-    """Results of one package. `manifest`: the digest that names its files. `at`: ISO 8601."""
+    """Results of one package. `manifest`: the digest that names its files."""
 
     name: str
     task: str
     manifest: str
-    at: str
-    rows: int
-    versions: dict[str, str]
     results: list[Result]
 
     @property
@@ -58,7 +56,7 @@ class Conformance:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        found = {name: getattr(self, name) for name in ("name", "task", "manifest", "at", "rows", "versions")}
+        found = {name: getattr(self, name) for name in ("name", "task", "manifest")}
         verdict = {"passed": self.passed, "sentence": self.sentence, "tolerance": TOLERANCE}
         return found | verdict | {"results": [it.as_dict() for it in self.results]}
 
@@ -86,57 +84,70 @@ def run(
     package, trained_by = opened(model, store)
     rows = read_rows(rows_file) if rows_file is not None else test_rows(trained_by, progress)
     chosen = list(dict.fromkeys(targets)) or list(TARGETS)
+    used = {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
     results = []
-    with case_of(package, rows, install, timeout_s) as case:
+    with case_of(package, trained_by, rows, install, timeout_s) as case:
         with progress.stage("conform", len(chosen), "targets") as bar:
             for name in chosen:
-                results.append(conform(case, name))
+                at = datetime.now().astimezone().isoformat(timespec="seconds")
+                results.append(replace(conform(case, name), at=at, rows=len(case.rows), versions=used))
                 progress.note(f"{name}: {results[-1].state} {results[-1].reason}".rstrip())
                 bar.advance()
         check_manifest(package)  # a target that wrote into the package would have changed it
-        found = Conformance(
-            str(metadata_of(package).get("name") or package.name),
-            case.task,
-            manifest_digest(package),
-            datetime.now().astimezone().isoformat(timespec="seconds"),
-            len(case.rows),
-            {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
-            results,
-        )
+    about = _gguf_about(package) if case.gguf is not None else metadata_of(package)
+    found = Conformance(str(about.get("name") or package.name), case.task, manifest_digest(package), results)
     keep(found, model, package, store)
     return found
 
 
 def opened(model: str, store: str | None = None) -> tuple[Path, Run | None]:
-    """The package that `model` names, and the run that it lies in. Raises PackageError where it is not what was
-    written.
+    """The package that `model` names, and the run that it lies in. Raises ModelError where there is none, PackageError
+    where it is not what was written.
     """
     run = None
     if model.startswith(REFERENCE):
         package = fetched(model, store)
         if not (package / "MLmodel").is_file():
-            raise PackageError(f"{model} is no package of Ingot's (no MLmodel); register one: ingot models register")
+            fix = "is no package of Ingot's (no MLmodel); register one: ingot models register"
+            raise ModelError("MODEL", model, fix)
+    elif (Path(model).expanduser() / "model" / MODEL_FILE).is_file():
+        package, run = _gguf_form(Path(model).expanduser().resolve())
     else:
         package, run = package_of(Path(model))
     check_manifest(package)
     return package.resolve(), run
 
 
+def _gguf_form(package: Path) -> tuple[Path, Run]:
+    """llama.cpp's form of a run's model, which is no MLflow model, and its run. Raises ModelError for one alone."""
+    if not (package.parent / "run.json").is_file():
+        fix = "holds a GGUF file, which is held against the model of the run that it was made in: move it back there"
+        raise ModelError("MODEL", str(package), fix)
+    return package, open_run(package.parent)
+
+
+def _gguf_about(package: Path) -> dict[str, Any]:
+    return dict(json.loads((package / "metadata.json").read_text(encoding="utf-8")))
+
+
 @contextmanager
-def case_of(package: Path, further: list[Record], install: bool, timeout_s: float) -> Iterator[Case]:
-    """What targets are asked about `package`: its example, and further rows."""
-    base = _base_of(package / "model")
-    runtime = Runtime.load(package / "model", "cpu")
+def case_of(package: Path, run: Run | None, further: list[Record], install: bool, timeout_s: float) -> Iterator[Case]:
+    """What targets are asked about `package`: its example, and further rows. What is expected is computed here, on the
+    CPU: by the package's own model, or of a GGUF file by the model of its `run`.
+    """
+    folder = run.model if run is not None and (package / "model" / MODEL_FILE).is_file() else package / "model"
+    base = _base_of(folder)
+    runtime = Runtime.load(folder, "cpu")
     rows = [_strings(runtime.about["example"]), *further]
     expected = [json.loads(json.dumps(runtime.answer([row])[0])) for row in rows]
-    about = {"new_tokens": runtime.default_new_tokens}
     verified = package / "verification.json"
-    trained = json.loads(verified.read_text(encoding="utf-8")).get("answer") if verified.is_file() else None
+    proof = json.loads(verified.read_text(encoding="utf-8")) if verified.is_file() else {}
+    about = {"new_tokens": runtime.default_new_tokens, "answered_on": proof.get("device", "cpu")}
     task = runtime.task
     del runtime  # before others load it too
     scratch = Path(tempfile.mkdtemp(prefix="ingot-conform-"))
     try:
-        yield Case(package, task, rows, expected, scratch, trained, install, timeout_s, about, base)
+        yield Case(package, task, rows, expected, scratch, proof.get("answer"), install, timeout_s, about, base)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -194,21 +205,20 @@ def _strings(row: Record) -> Record:
 
 def keep(found: Conformance, model: str, package: Path, store: str | None) -> Path | None:
     """Write the results beside the package's folder (in a run: the run's), with earlier ones of other targets on the
-    same files; those of a registered version become its tags. Returns the file.
+    same files, over all of which its verdict then is; those of a registered version become its tags. Returns the file.
     """
     if model.startswith(REFERENCE):
         registry = open_registry(store)
-        said = {f"{CONFORM}{it.target}": f"{it.state} {found.at[:10]} {it.reason}".strip() for it in found.results}
+        said = {f"{CONFORM}{it.target}": f"{it.state} {it.at[:10]} {it.reason}".strip() for it in found.results}
         registry.tag(find(registry, model), said)
         return None
     path = package.with_name(f"{package.name}.conformance.json")
-    record = found.as_dict()
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before.get("manifest") == found.manifest:
-            asked = {it.target for it in found.results}
-            record["results"] = [it for it in before["results"] if it["target"] not in asked] + record["results"]
-    write_json(path, record)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if before.get("manifest") == found.manifest:
+        asked = {it.target for it in found.results}
+        others = [Result(**it) for it in before["results"] if it["target"] not in asked]
+        found = replace(found, results=[*others, *found.results])
+    write_json(path, found.as_dict())
     return path
 
 

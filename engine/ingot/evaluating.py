@@ -14,7 +14,7 @@ from ingot.comparing import changes_of
 from ingot.data.seen import check_files, files_of
 from ingot.data.splits import scan
 from ingot.errors import IngotError, RecipeError
-from ingot.evaluation.compare import Comparison, compare, load_comparison
+from ingot.evaluation.compare import Comparison, compare, load_comparison, save_comparisons
 from ingot.evaluation.definition import PROMPTED
 from ingot.evaluation.harness import run_harness
 from ingot.evaluation.measure import TEST, recipe_task
@@ -191,7 +191,7 @@ def measure_run(run: Run, progress: Progress, *, fresh: bool = False) -> tuple[R
         )
     if ranks.main:
         if comparison is not None:
-            comparison.save(run.evaluation)
+            save_comparisons([comparison], run.evaluation)
         seen = overlapping.of_recipe(recipe, run.home, found)
         overlapping.look(tasks, seen, results, recipe.evaluate, run.evaluation, progress)
         judge_run(run, results.get("base"), results["tuned"])

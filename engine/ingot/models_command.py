@@ -27,7 +27,7 @@ Store = Annotated[
     ),
 ]
 Reference = Annotated[
-    str, typer.Argument(metavar="MODEL", help="NAME (its newest version), NAME/VERSION or NAME@ALIAS.")
+    str, typer.Argument(metavar="MODEL", help="NAME or NAME/latest (its newest version), NAME/VERSION or NAME@ALIAS.")
 ]
 Alias = Annotated[str, typer.Option(help="The alias, such as champion.", show_default=False)]
 
@@ -92,7 +92,7 @@ def list_(
 
     def work() -> None:
         registry = _registry(store)
-        found = [registry.version(it) for it in registry.names()] if name is None else registry.versions(name)
+        found = registry.newest() if name is None else registry.versions(name)
         if name is not None and not found:
             registry.version(name)
         if as_json:

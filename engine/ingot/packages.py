@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -15,8 +16,9 @@ from typing import Any, cast, get_args
 from ingot.errors import MissingPackage, PackageError, RecipeError
 from ingot.model import adapted
 from ingot.model.few_bits import write_few_bits
+from ingot.model.load import few_bits
 from ingot.model.probing import probe
-from ingot.model.runtime import Runtime
+from ingot.model.runtime import Runtime, missing_over_base
 from ingot.packaging import gguf, licences
 from ingot.packaging.bundle import RUNTIME_FILE, Origin, add_file, building, package_model, write_origin
 from ingot.packaging.card import write_card
@@ -61,22 +63,46 @@ def write_package(
         raise RecipeError("--form", min(unknown), nearest(min(unknown), get_args(Form)))
     wanted: Sequence[Form] = cast(Sequence[Form], forms) if forms else recipe.package.forms
     check_forms(recipe.model_copy(update={"package": recipe.package.model_copy(update={"forms": list(wanted)})}))
+    if "adapter" in wanted:
+        _check_adapter(run)
     parts = _parts(run, promotion, notes)
     verify = recipe.package.verify
-    found = dict(run.record()["stages"].get("package", {}).get("forms", {}))
+    common = {"lineage": parts.metadata["lineage"], "promotion": promotion["status"]}
     with progress.stage("package", total=len(wanted) * (1 + verify), unit="steps") as bar:
-        proof = _Proof(run, progress.note) if verify else None
-        for form in wanted:
+        proof = _Proof(run, progress.note, parts.example) if verify else None
+        # What another program may refuse comes last: the other forms are whole by then.
+        for form in sorted(wanted, key=lambda form: form == "gguf"):
             out = _write(run, form, parts)
             bar.advance(1)
-            found[form] = {"folder": out.name}
+            found = packaged_forms(run)
+            if found.pop(form, None) is not None:  # another package lies there now, which is not proved yet
+                _note(run, found, common)
+            facts: dict[str, Any] = {"folder": out.name, "verified": verify}
             if proof is not None:
                 done = proof.of(form, out)
-                found[form] |= {"difference": done.difference, "tolerance": done.tolerance}
+                facts |= {"difference": done.difference, "tolerance": done.tolerance}
                 bar.advance(1)
-    facts = {"verified": verify, "promotion": promotion["status"], "forms": found}
-    run.note_stage("package", time.perf_counter() - started, lineage=parts.metadata["lineage"], **facts)
+            ended = time.perf_counter()
+            _note(run, found | {form: facts | {"seconds": round(ended - started, 3)}}, common)
+            started = ended
     return run.form(wanted[0])
+
+
+def packaged_forms(run: Run) -> dict[str, dict[str, Any]]:
+    """Form -> what the run's record says of it, of those that were written (and proved, if the recipe says so)."""
+    found = run.record()["stages"].get("package", {}).get("forms", {})
+    return {form: facts for form, facts in found.items() if run.form(form).is_dir()}
+
+
+def missing_forms(run: Run) -> list[Form]:
+    """The forms of the run's recipe that are yet to be packaged."""
+    return [form for form in run.recipe.package.forms if form not in packaged_forms(run)]
+
+
+def _note(run: Run, found: dict[str, dict[str, Any]], common: dict[str, Any]) -> None:
+    seconds = sum(facts.get("seconds", 0.0) for facts in found.values())
+    verified = bool(found) and all(facts.get("verified", False) for facts in found.values())
+    run.note_stage("package", seconds, **common, verified=verified, forms=found)
 
 
 def check_forms(recipe: Recipe) -> None:
@@ -141,6 +167,18 @@ def _write(run: Run, form: Form, parts: Parts) -> Path:
         )
 
 
+def _check_adapter(run: Run) -> None:
+    """Raise RecipeError where the trained model has weights that neither its base nor its adapter holds."""
+    base = base_folder(run.recipe, run.home)
+    if base is None or few_bits(run.recipe.model, run.home) is not None:
+        return  # its absence is said where the adapter's folder is made; one in few bits trains no head
+    with tempfile.TemporaryDirectory(prefix=".form-", dir=run.folder) as place:
+        lost = missing_over_base(_adapter_folder(run, Path(place) / "model"), base)
+    if lost:
+        why = f"neither its base nor its adapter holds {', '.join(lost[:3])} of the trained model; use merged"
+        raise RecipeError("package.forms", "adapter", why)
+
+
 def _adapter_folder(run: Run, folder: Path) -> Path:
     """The adapter with everything but weights that its packaged model needs, and its base by name and hash."""
     base = lineage_of(run)["base"]
@@ -154,6 +192,7 @@ def _adapter_folder(run: Run, folder: Path) -> Path:
     for path in run.adapter.iterdir():
         shutil.copyfile(path, folder / path.name)
     named = {key: base[key] for key in ("source", "revision", "files", "weights")}
+    named["head"] = adapted.head_settings(json.loads((run.model / "config.json").read_text(encoding="utf-8")))
     write_json(folder / adapted.BASE_FILE, named)
     config = json.loads((folder / adapted.ADAPTER_FILE).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": plain_name(run.recipe.model.source), "revision": base["revision"]}
@@ -164,7 +203,8 @@ def _adapter_folder(run: Run, folder: Path) -> Path:
 def _write_gguf(run: Run, parts: Parts, origin: Origin) -> Path:
     task, out = run.recipe.objective.task, run.form("gguf")
     with building(out) as folder:
-        gguf.convert(run.model, folder / "model", run.recipe.package.gguf_type)
+        base = base_folder(run.recipe, run.home)
+        gguf.convert(run.model, folder / "model", run.recipe.package.gguf_type, base)
         known = parts.metadata | {"quantization": run.recipe.package.gguf_type}
         known |= write_origin(folder, origin, parts.name)
         card = write_card(
@@ -176,43 +216,45 @@ def _write_gguf(run: Run, parts: Parts, origin: Origin) -> Path:
 
 
 class _Proof:
-    """What the forms of a run are held against: the merged model's answers and logits in this process."""
+    """What the forms of a run are held against: the merged model's answers and logits in this process, each made when
+    the first form asks for it.
+    """
 
-    def __init__(self, run: Run, note: Callable[[str], None]) -> None:
-        self.run, self.note = run, note
-        self.examples, self.expected = examples_with_answers(run)
-        self._logits: list[list[float]] | None = None
+    def __init__(self, run: Run, note: Callable[[str], None], example: dict[str, Any]) -> None:
+        self.run, self.note, self.example = run, note, example
+
+    @cached_property
+    def asked(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Rows, and what the run's model answers."""
+        return examples_with_answers(self.run)
+
+    @cached_property
+    def logits(self) -> list[list[float]]:
+        """Of those rows."""
+        return probe(Runtime.load(self.run.model), self.asked[0])
 
     def of(self, form: Form, out: Path) -> Verification:
         """Load `out` in a clean process and compare; what came of it is added to the package."""
-        recipe = self.run.recipe
         if form == "gguf":
             tensors = gguf.check_gguf(out / "model" / gguf.MODEL_FILE)
             add_file(out, "verification.json", {"tensors": tensors, "compared": "the file's header only"})
             return Verification(0, [], 0, 0.0)
-        more: dict[str, Any] = {}
-        if form == "merged":
-            done = verify_package(out, self.examples, self.expected)
-            # What `ingot conform` holds every later load against.
-            example = json.loads((self.run.model / RUNTIME_FILE).read_text(encoding="utf-8"))["example"]
-            more = {"answer": Runtime.load(self.run.model).answer([example])[0]}
-        elif form == "quantized":
-            done = verify_package(out, self.examples, self.expected, near=self._near(recipe.package.quantization))
-        else:
-            kind = recipe.quantization.kind if recipe.quantization.kind != "none" else recipe.model.dtype
-            base = base_folder(recipe, self.run.home)
-            env = {adapted.BASE_VARIABLE: str(base)}
-            done = verify_package(out, self.examples, self.expected, near=self._near(kind), env=env)
+        env = {adapted.BASE_VARIABLE: str(base_folder(self.run.recipe, self.run.home))} if form == "adapter" else {}
+        done = verify_package(out, *self.asked, example=self.example, near=self._near(form), env=env)
         record = {key: it for key, it in done.as_dict().items() if key in ("examples", "difference", "tolerance")}
         compared = "answers, equal" if done.difference is None else "logits, as a share of the largest"
+        # What `ingot conform` holds every later load against: the run's own model, or the form that rounds otherwise.
+        answer = Runtime.load(self.run.model).answer([self.example])[0] if form == "merged" else done.answer
         found = verified_with(out)
-        add_file(out, "verification.json", {"compared": compared, **record, **more, **found})
+        add_file(out, "verification.json", {"compared": compared, **record, "answer": answer, **found})
         for name, pinned in found["pinned_otherwise"].items():
             here = found["versions"][name] or "none"
             self.note(f"package: {out.name} pins {name} {pinned}, which trained it, and was verified with {here}")
         return done
 
-    def _near(self, kind: str) -> Near:
-        if self._logits is None:
-            self._logits = probe(Runtime.load(self.run.model), self.examples)
-        return Near(self._logits, TOLERANCES[kind])
+    def _near(self, form: Form) -> Near | None:
+        recipe = self.run.recipe
+        if form == "merged":
+            return None
+        kind = recipe.quantization.kind if recipe.quantization.kind != "none" else recipe.model.dtype
+        return Near(self.logits, TOLERANCES[recipe.package.quantization if form == "quantized" else kind])

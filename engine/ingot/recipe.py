@@ -265,8 +265,6 @@ def unfit_form(recipe: "Recipe") -> str:
         return f"package.forms names {max(forms, key=forms.count)} twice; name it once"
     if "adapter" in forms and recipe.adapter.kind == "none":
         return "package.forms: adapter, and adapter.kind is none: full fine-tuning leaves no adapter; use merged"
-    if "adapter" in forms and task not in (*CAUSAL, *SEQUENCE_TO_SEQUENCE):
-        return f"package.forms: adapter, and {task} trains a head of its own beside the adapter; use merged"
     if "gguf" in forms and task not in CAUSAL:
         return f"package.forms: gguf is for {', '.join(CAUSAL)}, and objective.task is {task}; use merged"
     return ""

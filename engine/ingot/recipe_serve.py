@@ -18,6 +18,9 @@ class Serve(Section):
     """Address to listen on; other than loopback needs keys or INGOT_API_KEY."""
     port: int | None = Field(default=None, ge=0, le=65535)
     """None: 8000 for `ingot serve`, a free one for the question of `ingot run`. 0: a free one, which is printed."""
+    engine: Literal["auto", "own", "vllm"] | None = None
+    """What runs the model: our own engines, or vLLM. auto: vLLM for models that write, where it is installed and there
+    is a GPU. None: auto for `ingot serve`, own for the question of `ingot run`."""
     keys: str | None = None
     """File of keys that callers must send: `ingot keys add`. From where the command is typed."""
     requests_per_minute: Positive | None = None

@@ -6,18 +6,17 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ingot.errors import NotPromoted, PackageError, RecipeError
+from ingot.errors import ModelError, NotPromoted, PackageError, RecipeError
 from ingot.evaluation.measure import TEST
 from ingot.packaging import versions
 from ingot.packaging.bundle import check_manifest
-from ingot.packaging.registry import fetched, linked, store_uri
+from ingot.packaging.registry import fetched, linked, read_reference, store_uri
 from ingot.packaging.versions import MANIFEST, METRIC, ModelVersion, Registry
 from ingot.progress import Progress
 from ingot.promoting import NO_POLICY, OVERRIDDEN, Clearance, parse_override, record_override, require_promotion
 from ingot.runfolder import Run, open_run
 from ingot.track import redact
 
-REFERENCE = "models:/"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -27,13 +26,18 @@ def open_registry(store: str | None = None, output: Path = Path("runs")) -> Regi
 
 
 def package_of(target: Path) -> tuple[Path, Run | None]:
-    """(the package, the run that it belongs to if it lies in one) of a package's or a run's folder."""
+    """(the package, the run that it belongs to if it lies in one) of a package's or a run's folder. Raises ModelError
+    where there is no package.
+    """
     target = target.expanduser().resolve()
     run = next((open_run(folder) for folder in (target, target.parent) if (folder / "run.json").is_file()), None)
-    package = run.package if run is not None and target == run.folder else target
+    package = target
+    if run is not None and target == run.folder:
+        forms = [run.form(form) for form in ("merged", *run.recipe.package.forms)]
+        package = next((it for it in forms if (it / "MLmodel").is_file()), run.package)
     if not (package / "MLmodel").is_file():
         fix = f"ingot package {target}" if run is not None else "name a package or a run's folder"
-        raise PackageError(f"{package} is no package (no MLmodel); {fix}")
+        raise ModelError("PACKAGE", str(package), f"is no package (no MLmodel); {fix}")
     return package, run
 
 
@@ -117,15 +121,8 @@ def fetch(registry: Registry, reference: str, out: Path) -> tuple[Path, int]:
 
 
 def find(registry: Registry, reference: str) -> ModelVersion:
-    """NAME (its newest version), NAME/VERSION or NAME@ALIAS, with or without models:/ before it."""
-    text = reference.removeprefix(REFERENCE)
-    name, at, alias = text.partition("@")
-    if at:
-        return registry.version(name, alias)
-    name, slash, number = text.partition("/")
-    if slash and not number.isdecimal():
-        raise RecipeError("MODEL", reference, "write NAME, NAME/VERSION (a number) or NAME@ALIAS")
-    return registry.version(name, int(number) if slash else None)
+    """The version that `reference` names, as `read_reference` reads it. Raises ModelError where there is none."""
+    return registry.version(*read_reference(reference))
 
 
 def family(registry: Registry, version: ModelVersion) -> list[ModelVersion]:

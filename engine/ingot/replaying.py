@@ -55,8 +55,8 @@ def _of_package(package: Path, count: int) -> Stored:
         example = json.loads((package / "model" / RUNTIME_FILE).read_text(encoding="utf-8"))["example"]
     except (OSError, ValueError, KeyError) as error:
         fix = (
-            f"{package} holds no answer to its example, as a merged package has that was verified: serve the run that "
-            "was evaluated, or leave --replay out"
+            f"{package} holds no answer to its example, as a package has that was verified: serve the run that was "
+            "evaluated, or leave --replay out"
         )
         raise ServeError("--replay", count, fix) from error
     return Stored("example", example, answer)

@@ -67,6 +67,15 @@ Replay = Annotated[
 AdminRoutes = Annotated[
     bool, typer.Option("--admin", help="Change weights at /admin on this machine, with the key of INGOT_ADMIN_KEY.")
 ]
+Otel = Annotated[
+    str | None,
+    typer.Option(
+        "--otel",
+        help="Address of an OpenTelemetry collector (OTLP over HTTP) that gets a span a request. None: as "
+        "OTEL_EXPORTER_OTLP_ENDPOINT says.",
+        show_default=False,
+    ),
+]
 Supervise = Annotated[
     bool, typer.Option("--supervise/--no-supervise", help="Start the serving process again when it dies.")
 ]

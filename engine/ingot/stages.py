@@ -255,7 +255,9 @@ def ask_endpoint(run: Run, progress: Progress) -> None:
     facts = json.loads((run.model / "ingot.json").read_text(encoding="utf-8"))
     with progress.stage("serve", total=1, unit="questions") as bar:
         question, options = section.question or facts["example"], Options.of(section)
-        with Endpoint(servable(run.folder), section.host, section.port or 0, options=options) as endpoint:
+        with Endpoint(
+            servable(run.folder), section.host, section.port or 0, engine=section.engine or "own", options=options
+        ) as endpoint:
             reply = endpoint.ask(question)
         bar.advance(1)
     asked = next(iter(question.values())) if isinstance(question, dict) else question

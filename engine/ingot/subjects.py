@@ -19,7 +19,14 @@ from ingot.evaluation.vllm_engine import Vllm
 from ingot.model import adapted, runtime
 from ingot.model import folder as folders
 from ingot.model.adapters import with_saved_adapter
-from ingot.model.load import Tokenizer, context_length, load_model, load_tokenizer, resolve_dtype
+from ingot.model.load import (
+    Tokenizer,
+    context_length,
+    load_model,
+    load_tokenizer,
+    read_tokenizer,
+    resolve_dtype,
+)
 from ingot.model.source import model_folder
 from ingot.packaging.bundle import MANIFEST_FILE, check_manifest
 from ingot.packaging.registry import fetched
@@ -70,8 +77,14 @@ class Target:
         }
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer."""
-        return load_tokenizer(self.model, self.home)
+        """Its tokenizer; of a packaged adapter the one that it was trained with."""
+        packaged = self._packaged_adapter
+        return load_tokenizer(self.model, self.home) if packaged is None else read_tokenizer(packaged)
+
+    @property
+    def _packaged_adapter(self) -> Path | None:
+        """The adapter, if it says its task and has its own head and tokenizer."""
+        return self.adapter if self.adapter is not None and adapted.is_packaged_adapter(self.adapter) else None
 
     def context(self) -> int | None:
         """Most tokens that its positions reach."""
@@ -79,9 +92,9 @@ class Target:
 
     def labels(self) -> tuple[str, ...]:
         """The names of its classes, in its own order; empty where it names none."""
-        about = folders.describe(self.folder)
-        if about.get("labels"):
-            return tuple(about["labels"])
+        about = folders.describe(self._packaged_adapter or self.folder)
+        if about.get("labels") or self._packaged_adapter is not None:
+            return tuple(about.get("labels") or ())
         named = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
         found = [str(named[key]) for key in sorted(named, key=int)]
         return () if all(label == f"LABEL_{place}" for place, label in enumerate(found)) else tuple(found)
@@ -103,16 +116,16 @@ class Target:
         note: Callable[[str], None] = lambda text: None,
     ) -> Local:
         """Read it for `task`. Raises ModelError where it was made for another task, or has no trained head for this."""
-        dtype = resolve_dtype(self.model.dtype, device)
-        if (self.folder / folders.RUNTIME_FILE).is_file():
-            loaded = runtime.Runtime.load(self.folder, str(device))
+        dtype, packaged = resolve_dtype(self.model.dtype, device), self._packaged_adapter
+        if packaged is not None or (self.folder / folders.RUNTIME_FILE).is_file():
+            loaded = runtime.Runtime.load(packaged or self.folder, str(device), self.folder)
             if loaded.task != task and not {loaded.task, task} <= set(runtime.WRITING):
                 raise ModelError("target", self.source, f"this model was trained for {loaded.task}, not for {task}")
             found = loaded.model
         else:
             self._require_head(task)
             found = load_model(self.model, self.home, task, labels, dtype=dtype)
-        if self.adapter is not None:
+        if self.adapter is not None and packaged is None:
             found = with_saved_adapter(found, self.adapter)
         return Local(found.to(device), self.tokenizer(), tokens_per_batch, engine, note)
 

@@ -29,7 +29,7 @@ from ingot.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
-from ingot.packages import write_package
+from ingot.packages import missing_forms, write_package
 from ingot.parallel import heartbeat, rules
 from ingot.parallel.blame import collectives
 from ingot.parallel.strategies import check_model, parallelize
@@ -268,8 +268,8 @@ def run(
     if not read_ranks().main:
         return {}
     cleared = _cleared(done) if recipe.evaluate.enabled else Clearance(NO_POLICY, "")
-    if recipe.package.enabled and not done.finished("package"):
-        write_package(done, cleared.stamp(), cleared.card(), progress)
+    if recipe.package.enabled and (missing := missing_forms(done)):
+        write_package(done, cleared.stamp(), cleared.card(), progress, missing)
     if recipe.package.registered_model is not None and not done.finished("register"):
         registering.register_run(done, progress)
     if recipe.serve.enabled and not done.finished("serve"):

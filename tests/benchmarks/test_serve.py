@@ -31,7 +31,7 @@ def ran(speed: float, said: list[str]) -> dict[str, Any]:
 
 def test_ratios_are_within_a_round(bench: dict[str, ModuleType]) -> None:
     found = bench["serve"].cell(
-        "encoder_16",
+        "questions_16",
         {"ingot": [ran(8, ["glad"]), ran(20, ["glad"])], "mlflow": [ran(2, ["glad"]), ran(2, ["glad"])]},
     )
     assert found["ratio"] == {"mlflow": 7.0}
@@ -41,7 +41,7 @@ def test_ratios_are_within_a_round(bench: dict[str, ModuleType]) -> None:
 
 def test_another_answer_is_refused(bench: dict[str, ModuleType]) -> None:
     with pytest.raises(bench["serve"].Refused, match="request 1 is answered 'sad'"):
-        bench["serve"].cell("encoder_16", {"ingot": [ran(1, ["a", "sad"])], "mlflow": [ran(1, ["a", "glad"])]})
+        bench["serve"].cell("questions_16", {"ingot": [ran(1, ["a", "sad"])], "mlflow": [ran(1, ["a", "glad"])]})
 
 
 def test_the_chain_goes_on_behind_the_prompt(bench: dict[str, ModuleType]) -> None:
@@ -73,7 +73,7 @@ def test_every_contender_answers_rightly(bench: dict[str, ModuleType], tmp_path:
     out = tmp_path / "serve.json"
     assert bench["serve"].main(["--quick", "--rounds", "1", "--work", str(tmp_path), "--out", str(out)]) == 0
     report = json.loads(out.read_text())
-    assert set(report["ratio"]) == {"causal_16", "causal_64", "encoder_16", "encoder_64"}
+    assert set(report["ratio"]) == {"causal_16", "causal_64", "questions_16", "questions_64", "texts_64"}
     assert set(report["ratio"]["causal_64"]) == {"mlflow", "transformers"}
     assert "causal_16" in out.with_suffix(".md").read_text()
 

@@ -88,13 +88,15 @@ def start(make_project: Any, gap_folder: Path) -> Callable[..., Any]:
     ],
 )
 def test_proved_trained_and_measured(task: str, kind: str, ingot: Any, start: Any, replayed: Any) -> None:
-    later = {"package": {"enabled": True}, "serve": {"enabled": True}}
+    forms = ["merged", "adapter"] if kind == "lora" else ["merged"]
+    later = {"package": {"enabled": True, "forms": forms}, "serve": {"enabled": True}}
     project = start(task, adapter={"kind": kind}, train={"max_steps": 6}, **later)
     done = ingot("run", project.recipe, "--json")
     assert done.code == 0, done.err
     summary = done.json()
     assert set(summary["metrics"]["tuned"]) == CASES[task][2]
     assert summary["stages"]["package"]["verified"]
+    assert list(summary["stages"]["package"]["forms"]) == forms
     assert summary["question"]
     assert summary["answer"]
     losses = project.losses()

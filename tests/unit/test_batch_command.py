@@ -56,7 +56,7 @@ def test_a_batch_is_answered_and_told(model_folder: Path) -> None:
         {"id": row["id"], "stars": row["stars"], "note": "ü", **answer}
         for row, answer in zip(ROWS, wanted, strict=True)
     ]
-    told = json.loads(run(model_folder, "rows.jsonl", "other", *COMMON, "--limit", 7, "--json").stdout)
+    told = json.loads(run(model_folder, "rows.jsonl", "other", *COMMON, "--max-rows", 7, "--json").stdout)
     assert (told["status"], told["rows"], told["answers"], told["errors"]) == ("finished", 7, 7, 0)
     assert told["tokens"]["output"] <= 21
     assert told == json.loads(Path("other/summary.json").read_text())

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import ingot as sdk
 from ingot.cli import app
 from ingot.errors import IngotError, RecipeError
-from ingot.evaluation.compare import NotComparable
+from ingot.evaluation.compare import Comparison, NotComparable, load_comparison
 
 
 def ingot(*arguments: object) -> Any:
@@ -87,6 +87,15 @@ def test_rows_of_one_side_alone_are_left_out_and_counted() -> None:
     assert note in done.stdout
     assert note in Path("left/report.md").read_text()
     assert json.loads(Path("left/comparison.json").read_text())["left_out"] == {"questions": [20, 0]}
+
+
+def test_every_pair_is_written() -> None:
+    told = json.loads(ingot("low", "high", "other", "--json", "--out", "three").stdout)
+    kept = json.loads(Path("three/comparison.json").read_text())
+    assert [it["names"] for it in kept["pairs"]] == [["low", "high"], ["low", "other"]]
+    assert kept["pairs"] == told
+    assert {name: it for name, it in kept.items() if name != "pairs"} == told[0]  # as a file of two
+    assert load_comparison(Path("three")) == Comparison.from_dict(told[0])
 
 
 def test_groups_and_small_slices_are_told() -> None:

@@ -75,7 +75,21 @@ def test_results_are_kept_beside_the_package(package: Path, planted: None) -> No
         ("bad", "failed"),
     ]
     assert not (package / "package.conformance.json").exists()
+    assert (kept["passed"], kept["sentence"]) == (False, "1 of 2 targets that ran passed, 1 skipped")
     assert ingot(package, "-t", "absent").exit_code == 1  # nothing ran: nothing is proved
+
+
+def test_the_kept_verdict_is_over_all_results(package: Path, planted: None, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert ingot(package, "-t", "bad").exit_code == 1
+    again = ingot(package, "-t", "good", "--rows", rows)
+    assert again.exit_code == 0  # of what it was asked
+    kept = json.loads(package.with_name("package.conformance.json").read_text())
+    assert (kept["passed"], kept["sentence"]) == (False, "1 of 2 targets that ran passed, 0 skipped")
+    assert {it["target"]: it["rows"] for it in kept["results"]} == {"bad": 1, "good": 3}
+    assert all(it["at"] and it["versions"]["torch"] for it in kept["results"])
+    assert not {"at", "rows", "versions"} & set(kept)
 
 
 def test_results_of_other_files_are_forgotten(package: Path, planted: None, head_folder: Path) -> None:
@@ -97,7 +111,7 @@ def test_further_rows_are_asked(package: Path, planted: None, tmp_path: Path) ->
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "one"}\n{"text": "two"}\n')
     found = json.loads(ingot(package, "-t", "good", "--rows", rows, "--json").stdout)
-    assert (found["rows"], found["passed"]) == (3, True)
+    assert (found["results"][0]["rows"], found["passed"]) == (3, True)
     rows.write_text('{"text": "one"}\n' * 21)
     assert "write at most 20" in ingot(package, "-t", "good", "--rows", rows).stderr
     rows.write_text('{"text": "one"}\nno json\n')
@@ -115,9 +129,17 @@ def test_a_run_is_asked_its_test_rows(package: Path, planted: None, monkeypatch:
 
     monkeypatch.setattr(conforming, "package_of", lambda path: (path, object()))
     monkeypatch.setattr(conforming, "examples_with_answers", stored)
-    assert conforming.run(str(package), ["good"]).rows == 2
+    assert conforming.run(str(package), ["good"]).results[0].rows == 2
     asked.clear()
-    assert conforming.run(str(package), ["good"]).rows == 1
+    assert conforming.run(str(package), ["good"]).results[0].rows == 1
+
+
+def test_an_answer_from_another_device_is_not_compared(package: Path) -> None:
+    proof = json.loads((package / "verification.json").read_text())
+    assert conforming.run(str(package), ["runtime"]).results[0].state == "passed"
+    add_file(package, "verification.json", proof | {"device": "cuda"})
+    [found] = conforming.run(str(package), ["runtime"]).results
+    assert found.state == "skipped" and "computed on cuda" in found.reason
 
 
 def test_the_page_escapes_what_targets_say(package: Path, planted: None, tmp_path: Path) -> None:
@@ -131,7 +153,8 @@ def test_the_page_escapes_what_targets_say(package: Path, planted: None, tmp_pat
 def test_wrong_arguments_are_one_line(package: Path, tmp_path: Path) -> None:
     unknown = ingot(package, "-t", "pyfunk")
     assert unknown.exit_code == 2 and "did you mean 'pyfunc'?" in unknown.stderr
-    assert "no MLmodel" in ingot(tmp_path / "nothing", "-t", "pyfunc").stderr
+    nowhere = ingot(tmp_path / "nothing", "-t", "pyfunc")
+    assert nowhere.exit_code == 2 and "no MLmodel" in nowhere.stderr
     assert "does not exist" in ingot(package, "-t", "pyfunc", "--report", tmp_path / "no" / "page.html").stderr
 
 
@@ -142,8 +165,11 @@ def test_a_registered_version_is_tagged(
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     registry = registering.open_registry()
-    made, _ = registering.register(registry, package)
-    assert ingot(made.uri, "-t", "good", "-t", "absent").exit_code == 0
+    registering.register(registry, package)
+    assert ingot("models:/tiny/latest", "-t", "good", "-t", "absent").exit_code == 0
+    for unknown in ("models:/nope/1", "models:/tiny/7", "models:/tiny@nobody"):
+        refused = ingot(unknown, "-t", "good")
+        assert refused.exit_code == 2 and unknown in refused.stderr
     said = registry.version("tiny").as_dict()["conformance"]
     assert said["good"].startswith("passed 20") and said["absent"].startswith("skipped")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,25 @@ import pytest
 import torch
 import yaml
 
-from ingot import batches, conforming, packages, provenance, verbs
+from ingot import batches, conforming, packages, provenance, registering, verbs
+from ingot.conformance.targets import TARGETS
 from ingot.errors import MissingPackage, ModelError, PackageError, RecipeError
+from ingot.model.adapted import sha256
 from ingot.model.adapters import attach_adapter, merge, save_adapter
 from ingot.model.export import export_model
 from ingot.model.load import load_model, load_tokenizer
 from ingot.model.runtime import Runtime
 from ingot.packages import check_forms, write_package
 from ingot.packaging.bundle import check_manifest
-from ingot.packaging.lineage import sha256
 from ingot.preparation import QUIET
 from ingot.provenance import lineage_of, origin_of, terms_of
+from ingot.ranks import Ranks
 from ingot.recipe import Recipe
-from ingot.recipe_io import parse_recipe
+from ingot.recipe_io import dump_recipe, parse_recipe
 from ingot.runfolder import Run, commit_of, create_run
 from ingot.serving.fleet import find_model_folder
 from ingot.serving.server import Endpoint
+from ingot.stages import resolve
 from ingot.subjects import open_target
 
 NANO = Path(packages.__file__).parent / "catalog" / "nano"
@@ -187,7 +191,6 @@ def test_a_conflict_stops_before_anything_is_written(run: Run) -> None:
     [
         ({"adapter": {"kind": "none"}, "package": {"forms": ["adapter"]}}, "full fine-tuning"),
         ({"package": {"forms": ["merged", "merged"]}}, "twice"),
-        ({"objective": {"task": "text-classification"}, "package": {"forms": ["adapter"]}}, "head of its own"),
         ({"objective": {"task": "text-classification"}, "package": {"forms": ["gguf"]}}, "gguf is for"),
     ],
 )
@@ -211,8 +214,87 @@ def test_what_a_form_needs_is_asked_for_first(run: Run, monkeypatch: pytest.Monk
         check_forms(run.recipe.model_copy(update={"package": wanted}))
 
 
+def test_the_record_says_which_forms_are_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_package(run, NO_POLICY, "", QUIET, ["adapter"])
+    assert packages.missing_forms(run) == ["merged"]  # which the recipe asks for
+    write_package(run, NO_POLICY, "", QUIET)
+    assert packages.missing_forms(run) == []
+    stage = run.record()["stages"]["package"]
+    assert list(stage["forms"]) == ["adapter", "merged"] and stage["verified"] is False
+    assert stage["seconds"] == pytest.approx(sum(it["seconds"] for it in stage["forms"].values()), abs=0.01)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PackageError("answers otherwise")
+
+    monkeypatch.setattr(packages, "verify_package", refused)
+    proved = run.recipe.model_copy(update={"package": run.recipe.package.model_copy(update={"verify": True})})
+    with pytest.raises(PackageError, match="answers otherwise"):
+        write_package(Run(run.folder, proved, run.home), NO_POLICY, "", QUIET, ["merged"])
+    assert list(packages.packaged_forms(run)) == ["adapter"]
+    shutil.rmtree(run.form("adapter"))
+    assert packages.packaged_forms(run) == {}
+
+
+def test_a_resumed_run_packages_the_forms_that_are_missing(run: Run, tmp_path: Path) -> None:
+    changes = {"evaluate": {"enabled": False}, "serve": {"enabled": False}, "package": {"verify": False}}
+    recipe = resolve(_recipe(tmp_path, **changes), tmp_path, Ranks(), torch.device("cpu"))
+    (run.folder / "resolved.yaml").write_text(dump_recipe(recipe))
+    run.note_stage("finetune", 1.0)
+    verbs.package(run.folder, forms=["adapter"])
+    kept = (run.form("adapter") / "manifest.json").stat().st_mtime_ns
+    verbs.run(recipe, home=tmp_path, resume=run.folder)
+    assert set(run.record()["stages"]["package"]["forms"]) == {"adapter", "merged"}
+    written = (run.package / "manifest.json").stat().st_mtime_ns
+    verbs.run(recipe, home=tmp_path, resume=run.folder)
+    assert (run.package / "manifest.json").stat().st_mtime_ns == written
+    assert (run.form("adapter") / "manifest.json").stat().st_mtime_ns == kept
+
+
+def test_a_run_without_a_merged_form_stands_for_its_first(run: Run) -> None:
+    with pytest.raises(ModelError, match="ingot package"):
+        registering.package_of(run.folder)
+    forms = run.recipe.package.model_copy(update={"forms": ["adapter"]})
+    recipe = run.recipe.model_copy(update={"package": forms})
+    (run.folder / "resolved.yaml").write_text(dump_recipe(recipe))
+    write_package(Run(run.folder, recipe, run.home), NO_POLICY, "", QUIET)
+    assert registering.package_of(run.folder)[0] == run.form("adapter").resolve()
+
+
+def test_the_proof_of_a_gguf_loads_no_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converter = tmp_path / "convert_hf_to_gguf.py"
+    converter.write_text(
+        "import struct, sys\nplace = sys.argv[sys.argv.index('--outfile') + 1]\n"
+        "open(place, 'wb').write(b'GGUF' + struct.pack('<IQQ', 3, 12, 20))\n"
+    )
+    monkeypatch.setenv("INGOT_GGUF_CONVERTER", str(converter))
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(Runtime, "load", loaded)
+    proved = run.recipe.model_copy(update={"package": run.recipe.package.model_copy(update={"verify": True})})
+    out = write_package(Run(run.folder, proved, run.home), NO_POLICY, "", QUIET, ["gguf"])
+    assert json.loads((out / "verification.json").read_text())["tensors"] == 12
+
+
+def test_a_converter_that_fails_leaves_the_other_forms(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "convert.py").write_text("raise NotImplementedError('BPE pre-tokenizer was not recognized')")
+    monkeypatch.setenv("INGOT_GGUF_CONVERTER", str(tmp_path / "convert.py"))
+    with pytest.raises(PackageError) as caught:
+        write_package(run, NO_POLICY, "", QUIET, ["gguf", "merged"])
+    assert str(caught.value) == (
+        "package.forms: gguf: convert.py made no GGUF of this model: it does not know this model's tokenizer, of which "
+        "it keeps a list; leave gguf out of package.forms"
+    )
+    check_manifest(run.package)
+    assert list(run.record()["stages"]["package"]["forms"]) == ["merged"]
+    assert not list(run.folder.glob("*gguf*"))
+
+
 @pytest.mark.slow
-def test_each_form_is_proved_in_a_clean_process(run: Run) -> None:
+def test_each_form_is_proved_in_a_clean_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     proved = run.recipe.model_copy(update={"package": run.recipe.package.model_copy(update={"verify": True})})
     run.note(versions=run.record()["versions"] | {"numpy": "1.0.0"})
@@ -224,6 +306,58 @@ def test_each_form_is_proved_in_a_clean_process(run: Run) -> None:
     for form in ("merged", "adapter", "quantized"):
         check_manifest(run.form(form))
         assert json.loads((run.form(form) / "verification.json").read_text())["pinned_otherwise"] == {"numpy": "1.0.0"}
+    monkeypatch.setenv("INGOT_BASE_MODEL", str(NANO))
+    for form in ("merged", "adapter", "quantized"):
+        [found] = conforming.run(str(run.form(form)), ["runtime"]).results
+        assert (found.state, found.reason) == ("passed", "")
+
+
+CONVERTER = """#!/bin/sh
+printf 'GGUF\\003\\000\\000\\000\\001\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000' > "$3"
+"""
+
+
+def test_a_gguf_form_is_asked_of_what_reads_it(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converter = tmp_path / "convert"
+    converter.write_text(CONVERTER)
+    converter.chmod(0o755)
+    monkeypatch.setenv("INGOT_GGUF_CONVERTER", str(converter))
+    write_package(run, NO_POLICY, "", QUIET, ["gguf"])
+    place = run.form("gguf")
+    monkeypatch.setenv("PATH", f"/usr/bin:/bin:{tmp_path}/bin")
+    found = conforming.run(str(place))
+    assert {it.state for it in found.results} == {"skipped"}
+    assert (found.name, found.task) == ("tool-calls", "chat-completion")
+    kept = json.loads(place.with_name("package-gguf.conformance.json").read_text())
+    assert not kept["passed"] and len(kept["results"]) == len(TARGETS)
+
+    answer = Runtime.load(run.model, "cpu").answer([{"messages": json.dumps([{"role": "user", "content": "Pay"}])}])
+    (tmp_path / "rows.jsonl").write_text('{"input_string": "Pay"}\n')
+    (tmp_path / "bin").mkdir()
+    engine = tmp_path / "bin" / "llama-server"
+    engine.write_text(ENGINE.format(python=sys.executable, text=answer[0]["output_string"]))
+    engine.chmod(0o755)
+    [asked] = conforming.run(str(place), ["llama-cpp"], rows_file=tmp_path / "rows.jsonl").results
+    assert (asked.state, asked.reason, asked.rows) == ("passed", "", 2)
+
+    shutil.move(place, tmp_path / "alone")
+    with pytest.raises(ModelError, match="move it back there"):
+        conforming.run(str(tmp_path / "alone"))
+
+
+ENGINE = """#!{python}
+import http.server, json, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        answer = json.dumps({{"choices": [{{"message": {{"content": {text!r}}}}}]}}).encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(answer))); self.end_headers()
+        self.wfile.write(answer)
+    def log_message(self, *arguments): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
 
 
 @pytest.fixture

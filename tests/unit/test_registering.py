@@ -139,6 +139,41 @@ def test_without_a_granted_verdict_no_alias(
     assert not (place / "overrides.jsonl").exists()
 
 
+def test_the_newest_has_three_names_everywhere(registry: Registry, package: Callable[..., Path]) -> None:
+    registering.register(registry, package("one", n=1))
+    registering.register(registry, package("two", n=2))
+    second = fetched("models:/tiny/2")
+    for name in ("tiny", "tiny/latest"):
+        assert registering.find(registry, name).version == 2
+        assert registering.find(registry, f"models:/{name}").version == 2
+        assert fetched(f"models:/{name}") == second
+    for wrong in ("models:/tiny/Production", "tiny/", "tiny@", "", "models:/", "tiny/1@champion", "it's/1"):
+        with pytest.raises(RecipeError, match="NAME/VERSION"):
+            registering.find(registry, wrong)
+        with pytest.raises(RecipeError, match="NAME/VERSION"):
+            fetched(wrong)
+
+
+def test_more_models_than_a_page_and_models_without_versions(registry: Registry, package: Callable[..., Path]) -> None:
+    for number in range(101):  # MLflow's pages hold 100
+        registry._client.create_registered_model(f"empty-{number:03}")
+    registering.register(registry, package())
+    assert len(registry.names()) == 102
+    assert [it.uri for it in registry.newest()] == ["models:/tiny/1"]
+    assert [it["name"] for it in json.loads(ingot("list", "--json").stdout)] == ["tiny"]
+    with pytest.raises(ModelError, match=r"empty-007.*has no version"):
+        registering.find(registry, "empty-007")
+    with pytest.raises(ModelError, match="no version of 'empty-007'"):
+        fetched("models:/empty-007/latest")
+
+
+def test_a_run_of_another_store_is_not_named(registry: Registry, package: Callable[..., Path]) -> None:
+    run_id = registry._client.create_run("0").info.run_id
+    for number, (given, kept) in enumerate([(run_id, run_id), ("0" * 32, ""), (None, "")], 1):
+        made, _ = registry.register(package(f"package-{number}", n=number), "tiny", {}, given)
+        assert (registry._client.get_model_version("tiny", str(made.version)).run_id or "") == kept
+
+
 def test_an_override_that_overrides_nothing_is_refused(registry: Registry, package: Callable[..., Path]) -> None:
     place = package(promotion=GRANTED)
     with pytest.raises(RecipeError, match="nothing to override"):
@@ -200,7 +235,7 @@ def test_what_is_not_there_is_named(registry: Registry, package: Callable[..., P
         registering.find(registry, "tiny/7")
     with pytest.raises(ModelError, match="models:/nope/1"):
         fetched("models:/nope/1")
-    with pytest.raises(PackageError, match="no MLmodel"):
+    with pytest.raises(ModelError, match="no MLmodel"):
         registering.register(registry, tmp_path)
 
 
@@ -241,8 +276,17 @@ def test_the_verbs(registry: Registry, package: Callable[..., Path]) -> None:
     assert ingot("fetch", "support", "out").exit_code == 0
     assert ingot("demote", "support", "--alias", "champion").exit_code == 0
     assert json.loads(ingot("list", "support", "--json").stdout)[0]["aliases"] == []
-    refused = ingot("list", "nope")
-    assert refused.exit_code == 1 and "it has: support" in refused.stderr
+    for arguments in (
+        ("list", "nope"),
+        ("show", "nope/1"),
+        ("fetch", "nope@x", "new"),
+        ("demote", "nope", "--alias", "x"),
+    ):
+        refused = ingot(*arguments)
+        assert refused.exit_code == 2 and "it has: support" in refused.stderr
+    assert ingot("promote", "support/7", "--alias", "champion").exit_code == 2
+    refused = ingot("register", "nowhere")
+    assert refused.exit_code == 2 and "PACKAGE = " in refused.stderr and "no MLmodel" in refused.stderr
 
 
 def test_promotion_without_a_verdict_exits_3(registry: Registry, package: Callable[..., Path]) -> None:
@@ -307,3 +351,5 @@ def test_a_store_elsewhere_gets_the_files(package: Callable[..., Path], tmp_path
         out, _ = registering.fetch(registry, "tiny@champion", tmp_path / "out")
         check_manifest(out)
         assert versions.manifest_digest(out) == versions.manifest_digest(place)
+        made, _ = registry.register(package("another", n=2), "tiny", {}, "0" * 32)  # tracked by another store
+        assert fetched(made.uri, uri).is_dir()

@@ -21,14 +21,16 @@ def azure_server(case: Case) -> Answers:
         raise Unavailable("the package ships no azure/score.py; package the model again")
     python = environment("azure", SERVER, install=case.install)
     port = free_port()
-    arguments = ["--entry_script", str(score), "--model_dir", str(case.package), "--port", str(port)]
-    code = "from azureml_inference_server_http.amlserver import run; run()"
     # Azure mounts the folder that holds the package.
-    env = {"AZUREML_MODEL_DIR": str(case.package), "AML_APP_ROOT": str(case.scratch), "AML_HTTP_HOST": "127.0.0.1"}
+    mounted = str(case.package.parent)
+    arguments = ["--entry_script", str(score), "--model_dir", mounted, "--port", str(port)]
+    code = "from azureml_inference_server_http.amlserver import run; run()"
+    env = {"AZUREML_MODEL_DIR": mounted, "MLFLOW_MODEL_FOLDER": case.package.name}
+    env |= {"AML_APP_ROOT": str(case.scratch), "AML_HTTP_HOST": "127.0.0.1"}
     url = f"http://127.0.0.1:{port}"
     with server(case, "azure-server", [str(python), "-c", code, *arguments], url, env):
         for form in ("split", "rows", "columns"):
-            yield form, [_only(post(f"{url}/score", {"input_data": azure_data(row, form)})) for row in case.rows]
+            yield form, [_only(post(case, f"{url}/score", {"input_data": azure_data(row, form)})) for row in case.rows]
 
 
 def azure_data(row: dict[str, Any], form: str) -> Any:

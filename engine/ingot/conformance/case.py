@@ -1,4 +1,4 @@
-"""What every target is asked, and how what it answers is held against what this process answers."""
+"""What every target is asked, and how what it answers is held against what this process answers, on the CPU."""
 
 import math
 from collections.abc import Iterator
@@ -45,6 +45,11 @@ class Case:
         """The Hugging Face folder inside."""
         return self.package / "model"
 
+    @property
+    def gguf(self) -> Path | None:
+        """llama.cpp's file, where the package holds that instead of a Hugging Face folder."""
+        return next(iter(sorted(self.model.glob("*.gguf"))), None)
+
 
 def difference(wanted: Any, got: Any, place: str = "") -> tuple[float, str]:
     """(the largest difference between numbers, what is not equal: empty where all is).
@@ -64,8 +69,9 @@ def difference(wanted: Any, got: Any, place: str = "") -> tuple[float, str]:
         pairs = enumerate(zip(wanted, got, strict=True))
         return _all((difference(a, b, f"{place}[{i}]") for i, (a, b) in pairs))
     if isinstance(wanted, float) and isinstance(got, int | float) and not isinstance(got, bool):
-        apart = abs(wanted - got) if math.isfinite(wanted) and math.isfinite(got) else math.inf * (wanted != got)
-        apart = 0.0 if math.isnan(wanted) and math.isnan(got) else apart
+        same = wanted == got or (math.isnan(wanted) and math.isnan(got))  # of infinities no difference can be taken
+        apart = 0.0 if same else abs(wanted - got)
+        apart = math.inf if math.isnan(apart) else apart
         return apart, "" if apart <= TOLERANCE else f"{place} differs by {apart:.3g}"
     if isinstance(wanted, str) and isinstance(got, str) and wanted != got:
         texts = enumerate(zip(wanted, got, strict=False))

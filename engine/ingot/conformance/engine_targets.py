@@ -1,11 +1,15 @@
-"""Engines that are pointed inside the package, where they are installed: vLLM, TGI, and Ollama."""
+"""Engines that are pointed inside the package, where they are installed: vLLM, TGI, Ollama, llama.cpp. They may use a
+GPU, as nothing else here: without one, some do not start.
+"""
 
 import shutil
-import subprocess
+from importlib.util import find_spec
 
-from .case import Answers, Case, Mismatch, Unavailable
-from .processes import clean, free_port, post, server
-from .server_targets import WRITING, openai_row
+from ingot.model.runtime import WRITING
+
+from .case import Answers, Case, Mismatch, Record, Unavailable
+from .processes import CHILDREN, ask_child, clean, free_port, post, run, server
+from .server_targets import openai_row
 
 
 def _program(case: Case, name: str) -> str:
@@ -25,7 +29,7 @@ def vllm(case: Case) -> Answers:
     flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", "--dtype", "float32"]
     command = [_program(case, "vllm"), "serve", str(case.model), *flags, "--generation-config", "vllm"]
     url = f"http://127.0.0.1:{port}"
-    with server(case, "vllm", command, f"{url}/health"):
+    with server(case, "vllm", command, f"{url}/health", gpu=True):
         yield "openai", [openai_row(case, url, row, "model") for row in case.rows]
 
 
@@ -35,36 +39,61 @@ def tgi(case: Case) -> Answers:
     flags = ["--hostname", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command = [_program(case, "text-generation-launcher"), "--model-id", str(case.model), *flags]
     url = f"http://127.0.0.1:{port}"
-    with server(case, "tgi", command, f"{url}/health"):
+    with server(case, "tgi", command, f"{url}/health", gpu=True):
         yield "openai", [openai_row(case, url, row, "tgi") for row in case.rows]
 
 
 def ollama(case: Case) -> Answers:
     """Ollama's own server, with the inner folder (or the package's GGUF file) as a model that is made and removed."""
     program, port = _program(case, "ollama"), free_port()
-    gguf = sorted(case.package.rglob("*.gguf"))
-    source = gguf[0] if gguf else case.model
     modelfile = case.scratch / "Modelfile"
-    new_tokens = case.about.get("new_tokens", 128)
-    settings = f"PARAMETER temperature 0\nPARAMETER num_predict {new_tokens}\n"
-    modelfile.write_text(f"FROM {source}\n{settings}", encoding="utf-8")
+    settings = f"PARAMETER temperature 0\nPARAMETER num_predict {_new_tokens(case)}\n"
+    modelfile.write_text(f"FROM {case.gguf or case.model}\n{settings}", encoding="utf-8")
     env = {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(case.scratch / "ollama")}
     url = f"http://127.0.0.1:{port}"
-    with server(case, "ollama", [program, "serve"], url, env):
-        done = subprocess.run(
-            [program, "create", "ingot-conform", "-f", str(modelfile)],
-            env=clean(case, env),
-            capture_output=True,
-            text=True,
-            timeout=case.timeout_s,
-        )
-        if done.returncode != 0:
-            raise Mismatch(f"ollama does not take the model: {done.stderr.strip()[-200:]}")
+    with server(case, "ollama", [program, "serve"], url, env, gpu=True):
+        run(case, "ollama-create", [program, "create", "ingot-conform", "-f", str(modelfile)], clean(case, env))
         if case.task == "chat-completion":
-            yield "openai", [openai_row(case, url, row, "ingot-conform") for row in case.rows]
+            yield _held(case, "openai", [openai_row(case, url, row, "ingot-conform") for row in case.rows])
             return
         found = []
         for row in case.rows:
             asked = {"model": "ingot-conform", "prompt": row["input_string"], "raw": True, "stream": False}
-            found.append({"output_string": post(f"{url}/api/generate", asked)["response"]})
-        yield "generate", found
+            found.append({"output_string": post(case, f"{url}/api/generate", asked)["response"]})
+        yield _held(case, "generate", found)
+
+
+def llama_cpp(case: Case) -> Answers:
+    """llama.cpp on the package's GGUF file: its server, else its Python package."""
+    if case.gguf is None:
+        raise Unavailable("the package holds no GGUF file, which llama.cpp reads (package.forms: gguf)")
+    program = shutil.which("llama-server")
+    if program is None and find_spec("llama_cpp") is None:
+        raise Unavailable("neither the program llama-server is on PATH nor the Python package llama_cpp installed")
+    if program is None:
+        script = CHILDREN / "llama_child.py"
+        yield _held(case, "python", ask_child(case, script, gguf=str(case.gguf), new_tokens=_new_tokens(case)))
+        return
+    port = free_port()
+    flags = ["--model", str(case.gguf), "--host", "127.0.0.1", "--port", str(port), "--jinja"]
+    url = f"http://127.0.0.1:{port}"
+    with server(case, "llama-cpp", [program, *flags], f"{url}/health", gpu=True):
+        yield _held(case, "openai", [openai_row(case, url, row, "model") for row in case.rows])
+
+
+def _new_tokens(case: Case) -> int:
+    return int(case.about.get("new_tokens", 128))
+
+
+def _held(case: Case, form: str, records: list[Record]) -> tuple[str, list[Record]]:
+    """What a target yields. A GGUF file holds rounded weights, so that a text may go another way after some words: how
+    many are equal is told. Where none begins with the word that it should, another tokenizer or template is at work,
+    and Mismatch is raised.
+    """
+    if case.gguf is None:
+        return form, records
+    pairs = [(one["output_string"], other["output_string"]) for one, other in zip(case.expected, records, strict=True)]
+    if not any(wanted.split()[:1] == got.split()[:1] for wanted, got in pairs):
+        raise Mismatch(f"{form}: no text begins as the merged model's does")
+    same = sum(wanted == got for wanted, got in pairs)
+    return f"{form} ({same} of {len(pairs)} texts as the merged model's)", case.expected

@@ -1,4 +1,4 @@
-"""Other processes: a clean environment, a child that answers rows, a server on loopback for the time of a block."""
+"""Other processes: a clean environment, a program that ends, a child that answers rows, a server for a block's time."""
 
 import contextlib
 import json
@@ -19,14 +19,20 @@ from ingot.model.adapted import BASE_VARIABLE
 from .case import Case, Mismatch
 
 CHILDREN = Path(__file__).with_name("children")
-INHERITED_NOT = ("PYTHON", "MLFLOW_", "HF_", "INGOT_", "TRANSFORMERS_", "AZUREML_")
+INHERITED_NOT = ("PYTHON", "MLFLOW_", "HF_", "INGOT_", "TRANSFORMERS_", "AZUREML_", "OPENAI_")
 LAST_LINES = 8
-START_TIMEOUT_S = 180.0
 PYTHON = Path(sys.executable)
+OURS = {"PYTHONPATH": str(Path(__file__).parents[2])}
+"""For processes of Ingot's own: where this one has it from."""
 
 
-def clean(case: Case, more: Mapping[str, str] | None = None, python: Path = PYTHON) -> dict[str, str]:
-    """This process's environment without what could help a package to load: offline, and without writing bytecode."""
+def clean(
+    case: Case, more: Mapping[str, str] | None = None, python: Path = PYTHON, *, gpu: bool = False
+) -> dict[str, str]:
+    """This process's environment without what could help a package to load: offline, and without writing bytecode.
+
+    Without GPUs too, unless `gpu`: what is expected is computed on the CPU, in float32, and elsewhere numbers differ.
+    """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(INHERITED_NOT)}
     if case.base is not None:  # an adapter's base is part of what is asked
         kept[BASE_VARIABLE] = str(case.base)
@@ -38,9 +44,34 @@ def clean(case: Case, more: Mapping[str, str] | None = None, python: Path = PYTH
     }
     # The package must stay as its manifest says: without __pycache__ folders.
     kept |= {"PYTHONDONTWRITEBYTECODE": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    if not gpu:
+        kept["CUDA_VISIBLE_DEVICES"] = ""
     # Servers start programs of their environment by name.
     kept["PATH"] = os.pathsep.join([str(python.parent), kept.get("PATH", os.defpath)])
     return kept | dict(more or {})
+
+
+def ingot(*arguments: str) -> list[str]:
+    """The command of one of our own verbs; its environment needs `OURS`."""
+    return [str(PYTHON), "-m", "ingot", *arguments]
+
+
+def run(case: Case, name: str, command: list[str], env: Mapping[str, str]) -> Path:
+    """Run a program to its end, and return its log. Raises Mismatch where it fails, or takes longer than the case's
+    `timeout_s`.
+    """
+    path = case.scratch / f"{name}.log"
+    with path.open("w", encoding="utf-8") as log:
+        child = _start(command, case.scratch, env, log)
+        try:
+            child.wait(case.timeout_s)
+        except subprocess.TimeoutExpired:
+            raise Mismatch(_late(case)) from None
+        finally:
+            _end(child)
+    if child.returncode != 0:
+        raise Mismatch(f"exit status {child.returncode}: {last_lines(path)}")
+    return path
 
 
 def ask_child(case: Case, script: Path, python: Path = PYTHON, **request: Any) -> Any:
@@ -51,21 +82,18 @@ def ask_child(case: Case, script: Path, python: Path = PYTHON, **request: Any) -
     name = script.stem
     asked, answered = case.scratch / f"{name}-request.json", case.scratch / f"{name}-response.json"
     about = {"package": str(case.package), "model": str(case.model), "task": case.task, "rows": case.rows}
-    request |= {"examples": case.rows}  # as packaging/clean_process.py calls them
+    # examples: as packaging/clean_process.py calls them.
+    request |= {"examples": case.rows, "timeout_s": case.timeout_s}
     asked.write_text(json.dumps(about | request), encoding="utf-8")
     # -I: nothing from the working directory or the user's own site; -B: no __pycache__ in the package.
-    command = [str(python), "-I", "-B", str(script), str(asked), str(answered)]
-    with (case.scratch / f"{name}.log").open("w+", encoding="utf-8", errors="replace") as log:
-        child = _start(command, case.scratch, clean(case, python=python), log)
-        try:
-            child.wait(case.timeout_s)
-        except subprocess.TimeoutExpired:
-            raise Mismatch(f"no answer within {case.timeout_s:g} s") from None
-        finally:
-            _end(child)
-        if child.returncode != 0 or not answered.is_file():
-            raise Mismatch(f"exit status {child.returncode}: {last_lines(log.name)}")
+    log = run(case, name, [str(python), "-I", "-B", str(script), str(asked), str(answered)], clean(case, python=python))
+    if not answered.is_file():
+        raise Mismatch(f"it wrote no answer: {last_lines(log)}")
     return json.loads(answered.read_text(encoding="utf-8"))
+
+
+def _late(case: Case) -> str:
+    return f"no answer within {case.timeout_s:g} s (--timeout)"
 
 
 def last_lines(log: str | Path) -> str:
@@ -83,25 +111,29 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(case: Case, name: str, command: list[str], url: str, env: Mapping[str, str] | None = None) -> Iterator[None]:
-    """A server for the time of the block, up once GET `url` answers 200. Raises Mismatch where it does not come up."""
+def server(
+    case: Case, name: str, command: list[str], url: str, env: Mapping[str, str] | None = None, *, gpu: bool = False
+) -> Iterator[None]:
+    """A server for the time of the block, up once GET `url` answers 200. Raises Mismatch where it does not come up
+    within the case's `timeout_s`.
+    """
     log_file = case.scratch / f"{name}.log"
     with log_file.open("w", encoding="utf-8") as log:
-        child = _start(command, case.scratch, clean(case, env, Path(command[0])), log)
+        child = _start(command, case.scratch, clean(case, env, Path(command[0]), gpu=gpu), log)
         try:
-            deadline = time.monotonic() + START_TIMEOUT_S
+            deadline = time.monotonic() + case.timeout_s
             while not _up(url):
                 if child.poll() is not None:
                     raise Mismatch(f"the server ended with status {child.returncode}: {last_lines(log_file)}")
                 if time.monotonic() > deadline:
-                    raise Mismatch(f"the server was not up within {START_TIMEOUT_S:g} s: {last_lines(log_file)}")
+                    raise Mismatch(f"the server was not up within {case.timeout_s:g} s: {last_lines(log_file)}")
                 time.sleep(0.1)
             yield
         finally:
             _end(child)
 
 
-def _start(command: list[str], place: Path, env: dict[str, str], log: IO[str]) -> "subprocess.Popen[bytes]":
+def _start(command: list[str], place: Path, env: Mapping[str, str], log: IO[str]) -> "subprocess.Popen[bytes]":
     """In a process group of its own, which `_end` ends."""
     return subprocess.Popen(
         command, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -123,17 +155,20 @@ def _up(url: str) -> bool:
     return False
 
 
-def post(url: str, body: Any, headers: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> Any:
-    """POST JSON to loopback; the answer's JSON. Raises Mismatch for another status than 200."""
-    sent = {"Content-Type": "application/json", **(headers or {})}
-    request = urllib.request.Request(url, json.dumps(body).encode(), sent)
+def post(case: Case, url: str, body: Any) -> Any:
+    """POST JSON to loopback; the answer's JSON. Raises Mismatch for another status than 200, and for none within the
+    case's `timeout_s`.
+    """
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with _opener().open(request, timeout=timeout_s) as response:
+        with _opener().open(request, timeout=case.timeout_s) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         # Servers repeat the request in their errors: of the text only the beginning is told.
         text = error.read().decode("utf-8", "replace")
         raise Mismatch(f"{url.partition('//')[2].partition('/')[2]} answered {error.code}: {text[:160]}") from error
+    except TimeoutError as error:
+        raise Mismatch(_late(case)) from error
     except OSError as error:
         raise Mismatch(f"no connection to the server: {error}") from error
 

@@ -1,5 +1,8 @@
-"""Targets that load the package in another Python process: pyfunc, a fresh environment, transformers, Spark, Ray."""
+"""Targets that load the package in another Python process: pyfunc, a fresh environment, transformers, a batch, Spark,
+Ray.
+"""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -7,7 +10,7 @@ from ingot.model.pooling import CLASSIFIER_FILE
 from ingot.packaging.verify import CHILD as CLEAN_PROCESS
 
 from .case import Answers, Case, Record, Unavailable
-from .processes import CHILDREN, ask_child, free_port
+from .processes import CHILDREN, OURS, ask_child, clean, free_port, ingot, run
 from .venvs import environment
 
 WRITES = {"chat-completion": "chat", "text-generation": "text", "language-modeling": "text"}
@@ -21,7 +24,7 @@ def pyfunc(case: Case) -> Answers:
     for columns in dict.fromkeys(map(tuple, case.rows)):  # a frame has the same columns in every row
         places = [place for place, row in enumerate(case.rows) if tuple(row) == columns]
         asked = [case.rows[place] for place in places]
-        answers = ask_child(replace(case, rows=asked), CLEAN_PROCESS, logits=False)["rows"]
+        answers = ask_child(replace(case, rows=asked), CLEAN_PROCESS, example=None, logits=False)["rows"]
         for place, answer in zip(places, answers, strict=True):
             found[place] = answer
     yield "rows", found
@@ -54,6 +57,20 @@ def huggingface(case: Case) -> Answers:
         "rows",
         ask_child(case, CHILDREN / "huggingface_child.py", kind=kind, new_tokens=case.about.get("new_tokens", 128)),
     )
+
+
+def batch(case: Case) -> Answers:
+    """`ingot batch` on a file of the rows: JSON lines in, JSON lines out."""
+    rows, out = case.scratch / "rows.jsonl", case.scratch / "answers"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in case.rows), encoding="utf-8")
+    run(case, "batch", ingot("batch", str(case.package), str(rows), str(out), "--json"), clean(case, OURS))
+    answers = [
+        json.loads(line)
+        for part in sorted(out.glob("part-*.jsonl"))
+        for line in part.read_text(encoding="utf-8").splitlines()
+    ]
+    names = list(case.expected[0])
+    yield "jsonl", [{name: answer[name] for name in names if name in answer} for answer in answers]
 
 
 def spark_udf(case: Case) -> Answers:

@@ -1,19 +1,20 @@
 """Targets that answer over HTTP on loopback: MLflow's server, ours, MLServer, and the clients that ask them."""
 
+import contextlib
 import json
+import math
+from collections.abc import Iterator
 from typing import Any
 
-from ingot.errors import ServeError
-from ingot.serving.server import Endpoint
+from ingot.model.runtime import WRITING
 
 from .case import Answers, Case, Mismatch, Record, Unavailable
-from .processes import CHILDREN, PYTHON, ask_child, free_port, post, server
+from .processes import CHILDREN, OURS, PYTHON, ask_child, free_port, ingot, post, server
 from .venvs import environment
 
 # MLServer 1.7 answers 500 under pandas 3: its codec does not know the dtype of that one's text columns.
 MLSERVER = ("mlserver>=1.6", "mlserver-mlflow>=1.6", "pandas>=2.2,<3")
 OPENAI = ("openai>=1.40",)
-WRITING = ("chat-completion", "text-generation", "language-modeling")
 
 
 def bodies(row: Record) -> dict[str, dict[str, Any]]:
@@ -30,7 +31,7 @@ def bodies(row: Record) -> dict[str, dict[str, Any]]:
 def invocations(case: Case, url: str) -> Answers:
     """The rows by every form of body."""
     for form in bodies(case.rows[0]):
-        yield form, [_prediction(post(f"{url}/invocations", bodies(row)[form])) for row in case.rows]
+        yield form, [_prediction(post(case, f"{url}/invocations", bodies(row)[form])) for row in case.rows]
 
 
 def _prediction(answer: Any) -> Record:
@@ -42,29 +43,37 @@ def _prediction(answer: Any) -> Record:
 
 def mlflow_serve(case: Case) -> Answers:
     """`mlflow models serve --env-manager local`, every form of body."""
-    url, command = _mlflow_server(case)
-    with server(case, "mlflow-serve", command, f"{url}/ping"):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    flags = ["-m", str(case.package), "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
+    command = [str(PYTHON), "-m", "mlflow", "models", "serve", *flags]
+    env = {"MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": str(math.ceil(case.timeout_s))}  # its own is 60 s
+    with server(case, "mlflow-serve", command, f"{url}/ping", env):
         yield from invocations(case, url)
 
 
 def mlflow_client(case: Case) -> Answers:
     """MLflow's own client of scoring servers, on our endpoint."""
-    with _endpoint(case) as endpoint:
-        yield "frame", ask_child(case, CHILDREN / "mlflow_child.py", port=int(endpoint.url.rpartition(":")[2]))
-
-
-def _mlflow_server(case: Case) -> tuple[str, list[str]]:
-    port = free_port()
-    flags = ["-m", str(case.package), "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
-    return f"http://127.0.0.1:{port}", [str(PYTHON), "-m", "mlflow", "models", "serve", *flags]
+    with _endpoint(case) as url:
+        yield "frame", ask_child(case, CHILDREN / "mlflow_child.py", port=int(url.rpartition(":")[2]))
 
 
 def ingot_serve(case: Case) -> Answers:
-    """Our endpoint: /invocations, and the OpenAI routes of models that write."""
-    with _endpoint(case) as endpoint:
-        yield from invocations(case, endpoint.url)
+    """`ingot serve`: /invocations, and the OpenAI routes of models that write."""
+    with _endpoint(case) as url:
+        yield from invocations(case, url)
         if case.task in WRITING:
-            yield "openai", [openai_row(case, endpoint.url, row) for row in case.rows]
+            yield "openai", [openai_row(case, url, row) for row in case.rows]
+
+
+@contextlib.contextmanager
+def _endpoint(case: Case) -> Iterator[str]:
+    """`ingot serve` in a process of its own, without the keys and settings of the user's environment: its URL."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    flags = ["--port", str(port), "--deadline", str(case.timeout_s), "--no-supervise"]
+    with server(case, "ingot-serve", ingot("serve", str(case.package), *flags), f"{url}/ready", OURS):
+        yield url
 
 
 def openai_row(case: Case, url: str, row: Record, model: str | None = None) -> Record:
@@ -73,11 +82,11 @@ def openai_row(case: Case, url: str, row: Record, model: str | None = None) -> R
     if model is not None:  # other servers have another default length
         body["max_tokens"] = case.about.get("new_tokens", 128)
     if case.task != "chat-completion":
-        answer = post(f"{url}/v1/completions", body | {"prompt": row["input_string"].rstrip(" ")})
+        answer = post(case, f"{url}/v1/completions", body | {"prompt": row["input_string"].rstrip(" ")})
         return {"output_string": answer["choices"][0]["text"]}
     text = row.get("input_string", "")
     turns = json.loads(row["messages"]) if "messages" in row else [{"role": "user", "content": text}]
-    answer = post(f"{url}/v1/chat/completions", body | {"messages": turns})
+    answer = post(case, f"{url}/v1/chat/completions", body | {"messages": turns})
     return {"output_string": answer["choices"][0]["message"]["content"]}
 
 
@@ -86,17 +95,10 @@ def openai_client(case: Case) -> Answers:
     if case.task not in WRITING:
         raise Unavailable(f"OpenAI's client has no call for {case.task}")
     python = environment("openai", OPENAI, install=case.install)
-    with _endpoint(case) as endpoint:
-        found = ask_child(case, CHILDREN / "openai_child.py", python, url=endpoint.url, extra={})
+    with _endpoint(case) as url:
+        found = ask_child(case, CHILDREN / "openai_child.py", python, url=url)
     for form in ("whole", "streamed"):
         yield form, [it[form] for it in found]
-
-
-def _endpoint(case: Case) -> Endpoint:
-    try:
-        return Endpoint(case.package)
-    except ServeError as error:
-        raise Mismatch(str(error)) from error
 
 
 def mlserver(case: Case) -> Answers:
@@ -117,7 +119,7 @@ def mlserver(case: Case) -> Answers:
     url = f"http://127.0.0.1:{port}/v2"
     command = [str(python), "-c", "from mlserver.cli import main; main()", "start", str(place)]
     with server(case, "mlserver", command, f"{url}/models/model/ready"):
-        yield "v2", [of_v2(post(f"{url}/models/model/infer", v2(row))) for row in case.rows]
+        yield "v2", [of_v2(post(case, f"{url}/models/model/infer", v2(row))) for row in case.rows]
 
 
 def v2(row: Record) -> dict[str, Any]:

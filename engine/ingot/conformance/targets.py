@@ -1,14 +1,14 @@
 """The table of targets: a name -> what answers there. Each is a function of a `Case`, imported when it is asked."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ingot.errors import IngotError
 from ingot.registry import resolve
 
-from .case import Case, Mismatch, Unavailable, difference
+from .case import Answers, Case, Mismatch, Unavailable, difference
 
 HERE = "ingot.conformance"
 TARGETS = {
@@ -20,7 +20,7 @@ TARGETS = {
     "mlflow-client": f"{HERE}.server_targets:mlflow_client",
     "ingot-serve": f"{HERE}.server_targets:ingot_serve",
     "openai-client": f"{HERE}.server_targets:openai_client",
-    "batch": f"{HERE}.batch_target:batch",
+    "batch": f"{HERE}.python_targets:batch",
     "azure-no-code": f"{HERE}.azure_targets:azure_no_code",
     "azure-server": f"{HERE}.azure_targets:azure_server",
     "mlserver": f"{HERE}.server_targets:mlserver",
@@ -29,13 +29,17 @@ TARGETS = {
     "vllm": f"{HERE}.engine_targets:vllm",
     "tgi": f"{HERE}.engine_targets:tgi",
     "ollama": f"{HERE}.engine_targets:ollama",
+    "llama-cpp": f"{HERE}.engine_targets:llama_cpp",
 }
+READ_GGUF = ("llama-cpp", "ollama")
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a target did. `forms`: the ways in which it was asked. `difference`: the largest between two numbers."""
+    """What a target did. `forms`: the ways in which it was asked. `difference`: the largest between two numbers. `at`:
+    when (ISO 8601); `rows`: how many it was asked; `versions`: of what answered here.
+    """
 
     target: str
     state: str
@@ -43,20 +47,23 @@ class Result:
     forms: tuple[str, ...] = ()
     difference: float | None = None
     reason: str = ""
+    at: str = ""
+    rows: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self) | {"forms": list(self.forms)}
 
 
-def runtime(case: Case) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """This process, held against the answer that was stored when the model was packaged."""
+def runtime(case: Case) -> Answers:
+    """The answer that was stored when the model was packaged, held against this process's."""
     if case.trained is None:
-        raise Unavailable("the package holds no answer from when it was made (answer in verification.json)")
-    _, reason = difference(case.trained, case.expected[0])
-    if reason:
-        raise Mismatch(f"not as when it was packaged: {reason}")
-    yield "example", [case.trained | {key: case.expected[0][key] for key in case.trained}, *case.expected[1:]]
+        raise Unavailable("no answer stored: verification.json of the package has none (package.verify)")
+    device = case.about.get("answered_on", "cpu")
+    if device != "cpu":
+        raise Unavailable(f"the stored answer was computed on {device}, and this one on the CPU: numbers differ")
+    yield "example", [case.trained, *case.expected[1:]]
 
 
 def conform(case: Case, name: str) -> Result:
@@ -70,6 +77,8 @@ def conform(case: Case, name: str) -> Result:
         return Result(name, state, seconds, tuple(forms), largest if forms else None, reason)
 
     try:
+        if case.gguf is not None and name not in READ_GGUF:
+            raise Unavailable(f"the package holds a GGUF file, which only {' and '.join(READ_GGUF)} read")
         for form, records in answers(case):
             forms.append(form)
             apart, reason = difference(case.expected, records)

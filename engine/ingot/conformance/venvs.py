@@ -9,16 +9,13 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from ingot.data.cache import default_folder
+
 from .case import Unavailable
 from .processes import last_lines
 
 INSTALL_TIMEOUT_S = 900.0
 READY = "ingot-ready"
-
-
-def folder() -> Path:
-    """INGOT_CACHE, else `~/.cache/ingot`, and in it `conform`."""
-    return Path(os.environ.get("INGOT_CACHE") or Path("~/.cache/ingot").expanduser()) / "conform"
 
 
 def environment(name: str, requirements: Sequence[str], *, install: bool, beside: bool = True) -> Path:
@@ -31,7 +28,7 @@ def environment(name: str, requirements: Sequence[str], *, install: bool, beside
     """
     ours = sysconfig.get_paths()["purelib"]
     parts = [*requirements, sys.version, ours if beside else "alone"]
-    root = folder() / f"{name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:12]}"
+    root = default_folder() / "conform" / f"{name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:12]}"
     python = root / "bin" / "python"
     if (root / READY).is_file():
         return python

@@ -33,8 +33,17 @@ from ingot.evaluation.statistics import (
     paired,
 )
 
-__all__ = ["ALL_SLICES", "Comparison", "Difference", "NotComparable", "compare", "compare_all", "load_comparison"]
-FILE = "comparison.json"
+__all__ = [
+    "ALL_SLICES",
+    "Comparison",
+    "Difference",
+    "NotComparable",
+    "compare",
+    "compare_all",
+    "load_comparison",
+    "save_comparisons",
+]
+FILE, PAIRS = "comparison.json", "pairs"
 SLICE_ROWS = 20  # a slice of fewer rows is named and left out
 MOST_DRAWS = 20_000
 
@@ -99,15 +108,21 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Comparison":
-        """What `as_dict` gave."""
+        """What `as_dict` gave; of a file of several models, the first pair."""
+        values = {name: value for name, value in values.items() if name != PAIRS}
         found = [Difference(**{**it, "paired": Paired(**it["paired"])}) for it in values["differences"]]
         first, second = values["names"]
         left_out = {task: (ours, theirs) for task, (ours, theirs) in values.get("left_out", {}).items()}
         return cls(**{**values, "names": (first, second), "differences": found, "left_out": left_out})
 
-    def save(self, folder: Path) -> None:
-        """Write `comparison.json` to `folder` in one step."""
-        write_text(folder / FILE, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+
+def save_comparisons(comparisons: Sequence[Comparison], folder: Path) -> None:
+    """Write `comparison.json` to `folder` in one step: the first pair, and where there are more, all of them as `pairs`
+    in the order of the models.
+    """
+    plain = [it.as_dict() for it in comparisons]
+    found = plain[0] if len(plain) == 1 else plain[0] | {PAIRS: plain}
+    write_text(folder / FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def load_comparison(folder: Path) -> Comparison | None:

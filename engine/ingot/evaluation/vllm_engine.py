@@ -18,10 +18,15 @@ from ingot.model.load import Tokenizer, described
 from ingot.model.sampling import Generation, Sampling
 
 
-def require_vllm() -> None:
+def has_vllm() -> bool:
+    """Whether vLLM is installed."""
+    return find_spec("vllm") is not None
+
+
+def require_vllm(purpose: str = "evaluate.engine vllm") -> None:
     """Raise MissingPackage unless vLLM is installed."""
-    if find_spec("vllm") is None:
-        raise MissingPackage("'ingot[vllm]'", "evaluate.engine vllm")
+    if not has_vllm():
+        raise MissingPackage("'ingot[vllm]'", purpose)
 
 
 class Vllm(Writer):

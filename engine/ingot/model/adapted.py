@@ -2,19 +2,24 @@
 and proved by its hash. Copied into packages.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ADAPTER_FILE = "adapter_config.json"
 BASE_FILE = "base.json"
 BASE_VARIABLE = "INGOT_BASE_MODEL"
-OWN = (ADAPTER_FILE, "adapter_model.safetensors", BASE_FILE)
+TENSORS_FILE = "adapter_model.safetensors"
+OWN = (ADAPTER_FILE, TENSORS_FILE, BASE_FILE)
+PREFIX = "base_model.model."  # of the names of a model's own tensors in an adapter
+# What a configuration says of a head. A tuned model's stand in place of its base's, or are left out as there.
+HEAD_SETTINGS = ("architectures", "id2label", "label2id", "problem_type", "pad_token_id", "tie_word_embeddings")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -27,9 +32,12 @@ def is_packaged_adapter(folder: Path) -> bool:
     return is_adapter(folder) and (folder / BASE_FILE).is_file()
 
 
-def over_base(load: Callable[[Path, str], Any], folder: Path, device: str) -> Any:
+def over_base(
+    load: Callable[[Path, str, frozenset[str]], Any], folder: Path, device: str, base: Path | None = None
+) -> Any:
     """What `load` makes of the base with the tokenizer and the facts of the adapter in `folder`, its weights with the
-    adapter folded in.
+    adapter folded in. `load` is told which weights it need not find: the adapter holds them. `base`: which one, without
+    a look at its hash; None: the one that is found.
 
     Raises FileNotFoundError without a base, ValueError for one with other weights.
     """
@@ -38,16 +46,40 @@ def over_base(load: Callable[[Path, str], Any], folder: Path, device: str) -> An
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("an adapter is loaded by peft; pip install peft", name="peft") from error
 
-    base = find_base(folder)
+    with view_of(folder, base or find_base(folder)) as view:
+        runtime = load(view, device, whole_tensors(folder))
+    adapted = PeftModel.from_pretrained(runtime.model, str(folder), is_trainable=False)
+    return type(runtime)(adapted.merge_and_unload(), runtime.tokenizer, runtime.about)
+
+
+@contextlib.contextmanager
+def view_of(folder: Path, base: Path) -> Iterator[Path]:
+    """One folder of links, so that a base with an adapter is read as every model is."""
     with tempfile.TemporaryDirectory(prefix="ingot-adapter-") as name:
-        # One folder of links, so that a base with an adapter is read as every model is.
         view = Path(name)
         for path in (*base.iterdir(), *folder.iterdir()):
             if path.is_file() and path.name not in OWN:
                 _show(path.resolve(), view / path.name)
-        runtime = load(view, device)
-    adapted = PeftModel.from_pretrained(runtime.model, str(folder), is_trainable=False)
-    return type(runtime)(adapted.merge_and_unload(), runtime.tokenizer, runtime.about)
+        named = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
+        if "head" in named:
+            config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+            config = {key: value for key, value in config.items() if key not in HEAD_SETTINGS} | named["head"]
+            (view / "config.json").unlink()
+            (view / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield view
+
+
+def head_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tuned model's configuration says of its head, for `head` in base.json."""
+    return {key: config[key] for key in HEAD_SETTINGS if key in config}
+
+
+def whole_tensors(folder: Path) -> frozenset[str]:
+    """Names that a model gives to the tensors that the adapter in `folder` holds whole: those of its head."""
+    from safetensors import safe_open
+
+    with safe_open(folder / TENSORS_FILE, framework="pt") as file:
+        return frozenset(name.removeprefix(PREFIX) for name in file.keys() if ".lora_" not in name)  # noqa: SIM118
 
 
 def find_base(folder: Path) -> Path:
@@ -76,11 +108,18 @@ def find_base(folder: Path) -> Path:
 
 def weights_digest(folder: Path) -> str:
     """One SHA-256 of all safetensors files in `folder`, whatever they are called."""
-    digests = []
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digest_of(map(sha256, folder.glob("*.safetensors")))
+
+
+def digest_of(digests: Iterable[str]) -> str:
+    """One SHA-256 of several files' hashes, whatever their order."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file, read once from end to end in small portions."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _candidates(folder: Path, wanted: dict[str, Any]) -> Iterator[Path]:

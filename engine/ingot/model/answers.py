@@ -214,12 +214,12 @@ def _gaps(it: Answering, text: str, top: Any) -> Record:
 
 
 def _scores(it: Answering, rows: Sequence[Record], params: Record) -> list[Record]:
-    encoded = [_whole(it, row)[: it.longest] for row in rows]
+    encoded = [answered(it, row)[: it.longest] for row in rows]
     logits = class_logits(it.model, it.checked(encoded, "text"), pad_id(it.tokenizer), TOKENS_PER_BATCH)
     return [{"score": float(logits_C[0])} for logits_C in logits]
 
 
-def _whole(it: Answering, row: Record) -> list[int]:
+def answered(it: Answering, row: Record) -> list[int]:
     """A prompt with its answer as ids, as `data/pairs.py` writes them for training."""
     if "messages" in row:
         try:

@@ -80,6 +80,11 @@ def load_tokenizer(model: Model, folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that was saved with a model or an adapter."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 def resolve_pooling(model: Model, folder: Path) -> str:
     """`model.pooling` auto -> `head` for a folder that holds a trained classifier or a decoder, else `mean`."""
     if model.pooling != "auto":

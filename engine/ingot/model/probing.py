@@ -1,18 +1,19 @@
 """Logits of a loaded model on a few rows, for saying how far two of its forms are apart. Copied into packages."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .answers import answered
 from .kinds import logits_of
+from .runtime import WRITING
 
 
 @torch.inference_mode()
 def probe(runtime: Any, rows: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """The logits of each of `rows` (input columns of the model's task): of the next token where it writes text, of
-    everything where it does not.
+    """The logits of each of `rows` (input columns of the model's task): of the last token where they are over the
+    vocabulary, of everything elsewhere.
     """
     found, device = [], next(runtime.model.parameters()).device
     for row in rows:
@@ -28,19 +29,12 @@ def probe(runtime: Any, rows: Sequence[dict[str, Any]]) -> list[list[float]]:
     return found
 
 
-def apart(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    """max|second - first| / max|first| of the worst row."""
-    worst = 0.0
-    for a, b in zip(first, second, strict=True):
-        one, other = torch.tensor(a), torch.tensor(b)
-        worst = max(worst, ((other - one).abs().max() / one.abs().max().clamp_min(1e-6)).item())
-    return worst
-
-
 def _ids(runtime: Any, row: dict[str, Any]) -> list[int]:
-    messages = row.get("messages")
-    if messages is not None:
-        return list(runtime.chat_ids(json.loads(messages) if isinstance(messages, str) else messages))
-    if runtime.task == "chat-completion":
-        return list(runtime.chat_ids([{"role": "user", "content": row["input_string"]}]))
-    return list(runtime.tokenizer(*row.values())["input_ids"])
+    [read], _ = runtime.read([row])
+    if runtime.task in WRITING:
+        return list(runtime.prompt_of(read))
+    if runtime.task == "reward":
+        ids = answered(runtime.answering, read)
+    else:
+        ids = runtime.tokenizer(*(" ".join(it) if isinstance(it, list) else it for it in read.values()))["input_ids"]
+    return list(ids[: runtime.answering.limit])

@@ -15,8 +15,9 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
-from .adapted import is_adapter, over_base
+from .adapted import is_adapter, over_base, view_of, whole_tensors
 from .answers import ANSWERS, DEFAULT_NEW_TOKENS, TOKENS_PER_BATCH, Answering, shares_of, vectors
 from .folder import CLASSIFIER_FILE, describe
 from .generate import context_limit, generate, make_rows, plain_prompt_ids, stream
@@ -42,19 +43,25 @@ class Runtime:
         self.answering = Answering(self.task, self.model, tokenizer, self.labels, about)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto") -> "Runtime":
-        """Load a complete Hugging Face folder (safetensors, no remote code, no network). On a CPU in float32."""
+    def load(cls, folder: str | Path, device: str = "auto", base: Path | None = None) -> "Runtime":
+        """Load a complete Hugging Face folder (safetensors, no remote code, no network), or an adapter over `base`
+        (None: over the one that it names). On a CPU in float32.
+        """
         folder = Path(folder)
         if is_adapter(folder):
-            adapted: Runtime = over_base(cls.load, folder, device)
+            adapted: Runtime = over_base(cls._whole, folder, device, base)
             return adapted
+        return cls._whole(folder, device)
+
+    @classmethod
+    def _whole(cls, folder: Path, device: str, elsewhere: frozenset[str] = frozenset()) -> "Runtime":
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no config.json: not a model folder")
         about = describe(folder)
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype: Any = "auto" if where.type == "cuda" else torch.float32
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return cls(_model(folder, about["task"], dtype).to(where), tokenizer, about)
+        return cls(_model(folder, about["task"], dtype, elsewhere).to(where), tokenizer, about)
 
     def chat_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The prompt of a conversation, by the tokenizer's own chat template."""
@@ -166,18 +173,45 @@ class Runtime:
         return vectors(self.answering, texts, pooling, normalize)
 
 
-def _model(folder: Path, task: str, dtype: Any) -> nn.Module:
-    """The weights of a folder under what the task needs. Raises ValueError where some are missing."""
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+def missing_over_base(folder: Path, base: Path) -> list[str]:
+    """Names of the weights that neither the adapter in `folder` nor `base` holds, so that they would be drawn anew.
+    Nothing is computed, and of the base no tensor is read.
+    """
+    with view_of(folder, base) as view:
+        task = describe(view)["task"]
+        if task in POOLED and (view / CLASSIFIER_FILE).is_file():
+            return []  # it has no weights between its encoder and what that file holds
+        return _read(view, task, whole_tensors(folder), device_map="meta")[1]
+
+
+def _model(folder: Path, task: str, dtype: Any, elsewhere: frozenset[str]) -> nn.Module:
+    """The weights of a folder under what the task needs. Raises ValueError where some are missing that are not
+    `elsewhere`.
+    """
     if task in POOLED and (folder / CLASSIFIER_FILE).is_file():
         return MeanPoolClassifier.from_pretrained(folder, dtype=dtype)
-    auto = AutoModelForSequenceClassification if task in POOLED else KINDS.get(task, AutoModelForCausalLM)
-    auto = AutoModel if task == "embeddings" else auto
-    model, loaded = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **local)
-    missing = sorted(loaded["missing_keys"])
-    if task == "embeddings":  # hidden states are wanted: a pooler behind them is not used
-        missing = [name for name in missing if not name.startswith("pooler.")]
+    model, missing = _read(folder, task, elsewhere, dtype=dtype)
     if missing:  # transformers would go on with random weights in their place
         what = "the classifier" if task in POOLED else f"a model for {task}"
         raise ValueError(f"{folder} lacks weights of {what} ({', '.join(missing[:3])}): it was not saved as a whole")
-    return model  # type: ignore[no-any-return]
+    return model
+
+
+def _read(folder: Path, task: str, elsewhere: frozenset[str], **how: Any) -> tuple[nn.Module, list[str]]:
+    """(the model, the names of what it has no weights for, or weights of another shape, and is not `elsewhere`)."""
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    auto = AutoModelForSequenceClassification if task in POOLED else KINDS.get(task, AutoModelForCausalLM)
+    auto = AutoModel if task == "embeddings" else auto
+    # A base may come with a head for something else, which the adapter's takes the place of.
+    local["ignore_mismatched_sizes"] = bool(elsewhere)
+    level = logging.get_verbosity()
+    if elsewhere:
+        logging.set_verbosity_error()  # of the head transformers would say that it is missing and drawn anew
+    try:
+        model, loaded = auto.from_pretrained(folder, output_loading_info=True, **local, **how)
+    finally:
+        logging.set_verbosity(level)
+    missing = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])} - elsewhere
+    if task == "embeddings":  # hidden states are wanted: a pooler behind them is not used
+        missing = {name for name in missing if not name.startswith("pooler.")}
+    return model, sorted(missing)

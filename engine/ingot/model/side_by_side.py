@@ -107,17 +107,23 @@ class View(nn.Module):
         return self.model
 
 
-def side_by_side(base: Runtime, adapters: dict[str, Path]) -> tuple[Runtime, dict[str, Runtime]]:
+def side_by_side(
+    base: Runtime, adapters: dict[str, Path], *, weights: bool = True
+) -> tuple[Runtime, dict[str, Runtime]]:
     """`base` and each of `adapters` (name -> folder) over its weights, which may be used from a thread each.
 
-    An adapter's folder may hold a tokenizer of its own. Raises ModelError.
+    An adapter's folder may hold a tokenizer of its own. Without `weights` another engine reads them, and what is
+    returned only reads requests. Raises ModelError.
     """
     if base.task == UNSUITED:
         fix = "a model of embeddings takes no adapters beside it; serve each merged model by its own name"
         raise ModelError("--adapter", next(iter(adapters)), fix)
     shared = SideBySide(base.model)
     for name, folder in adapters.items():
-        shared.add(name, folder)
+        if weights:
+            shared.add(name, folder)
+        else:
+            _check(name, folder)
     views = {name: _runtime(base, View(shared, name), folder) for name, folder in adapters.items()}
     return Runtime(View(shared, None), base.tokenizer, base.about), views
 

@@ -24,13 +24,14 @@ from typing import Any
 import yaml
 
 from ingot.errors import MissingPackage, PackageError
+from ingot.model.adapted import sha256
 from ingot.model.folder import RUNTIME_FILE
 from ingot.packaging import shards
 from ingot.packaging.card import write_card
 from ingot.packaging.environment import REQUIREMENTS as REQUIREMENTS
 from ingot.packaging.environment import write_environment
 from ingot.packaging.licences import Terms
-from ingot.packaging.lineage import lineage_id, sha256
+from ingot.packaging.lineage import lineage_id
 from ingot.packaging.notices import write_notices
 from ingot.packaging.pipelines import add_transformers
 from ingot.packaging.signature import check_model_folder, example_row, signature_of

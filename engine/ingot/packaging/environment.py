@@ -4,6 +4,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,15 +38,19 @@ def write_environment(folder: Path, locked: Mapping[str, str], more: Sequence[st
     (folder / "python_env.yaml").write_text(yaml.safe_dump(env, sort_keys=False), encoding="utf-8")
 
 
-def verified_with(folder: Path) -> dict[str, dict[str, str]]:
+def verified_with(folder: Path) -> dict[str, Any]:
     """For verification.json: `versions` here (of Python too) of what the package in `folder` pins, empty where one is
-    absent, and under `pinned_otherwise` what it pins instead.
+    absent, under `pinned_otherwise` what it pins instead, and the `device` that packaged models choose here.
     """
+    import torch  # here alone: writing a package needs none
+
     lines = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==", 1) for line in lines if "==" in line)
     pinned["python"] = str(yaml.safe_load((folder / "python_env.yaml").read_text(encoding="utf-8"))["python"])
     here = {name: platform.python_version() if name == "python" else _installed(name) for name in pinned}
-    return {"versions": here, "pinned_otherwise": {name: it for name, it in pinned.items() if it != here[name]}}
+    otherwise = {name: it for name, it in pinned.items() if it != here[name]}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"versions": here, "pinned_otherwise": otherwise, "device": device}
 
 
 def _installed(name: str) -> str:

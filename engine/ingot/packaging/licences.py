@@ -166,7 +166,9 @@ TEXTS = (
     (r"apache license,?\s+version 2\.0", "apache-2.0"),
     (r"mit license", "mit"),
 )
-FILES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY", "ACCEPTABLE_USE", "PROHIBITED_USE")
+LICENCE_FILES = ("LICENSE", "LICENCE", "COPYING")
+POLICY_FILES = ("USE_POLICY", "ACCEPTABLE_USE", "PROHIBITED_USE")
+FILES = (*LICENCE_FILES, "NOTICE", *POLICY_FILES)
 MOST_TEXT_BYTES = 1 << 20
 
 
@@ -222,7 +224,7 @@ def lookup(name: str | None) -> Licence | None:
 def detect(text: str) -> str | None:
     """Which licence a text is, by what it calls itself at its beginning; None where that is none of the table's."""
     head = " ".join(text[:3000].lower().split())
-    return next((name for pattern, name in TEXTS if re.search(pattern, head)), None)
+    return next((name for pattern, name in TEXTS if re.search(rf"\b{pattern}\b", head)), None)
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
@@ -236,6 +238,11 @@ def front_matter(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def is_called(path: Path, names: tuple[str, ...]) -> bool:
+    """Whether a file's name begins with one of `names`."""
+    return path.name.upper().replace("-", "_").startswith(names)
+
+
 def texts_in(folder: Path) -> tuple[Path, ...]:
     """Licence texts and notices that lie in `folder` itself."""
     if not folder.is_dir():
@@ -243,7 +250,7 @@ def texts_in(folder: Path) -> tuple[Path, ...]:
     return tuple(
         path
         for path in sorted(folder.iterdir())
-        if path.name.upper().replace("-", "_").startswith(FILES)
+        if is_called(path, FILES)
         and path.suffix.lower() in ("", ".txt", ".md", ".pdf")
         and path.is_file()
         and path.stat().st_size <= MOST_TEXT_BYTES
@@ -263,7 +270,10 @@ def part_of(role: str, name: str, folder: Path | None, stated: str | None = None
 
 
 def _detected(path: Path) -> str | None:
-    return detect(path.read_text(encoding="utf-8", errors="replace")) if path.suffix.lower() != ".pdf" else None
+    """The licence that a file is the text of: notices and policies name licences of other things, too."""
+    if not is_called(path, LICENCE_FILES) or path.suffix.lower() == ".pdf":
+        return None
+    return detect(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def merge(parts: Sequence[Part], stated: str | None, name: str, waiver: str | None = None) -> Terms:

@@ -10,16 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ingot.model.adapted import digest_of, sha256
+
 ID_CHARACTERS = 32
 HASHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 # Fields of a recipe that say where things lie on one machine, or whom it reports to, and decide no result.
 LOCAL = ("output", "track")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file, read once from end to end in small portions."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hashes(folder: Path, patterns: Iterable[str] = HASHED) -> dict[str, str]:
@@ -28,14 +24,9 @@ def hashes(folder: Path, patterns: Iterable[str] = HASHED) -> dict[str, str]:
     return {name: sha256(found[name]) for name in sorted(found)}
 
 
-def digest_of(files: Mapping[str, str]) -> str:
-    """One SHA-256 of several files' hashes: the same whatever the files are called where, and in which order."""
-    return hashlib.sha256("\n".join(sorted(files.values())).encode()).hexdigest()
-
-
 def weights_digest(files: Mapping[str, str]) -> str:
-    """`digest_of` the weights among `files`."""
-    return digest_of({name: value for name, value in files.items() if name.endswith(".safetensors")})
+    """One SHA-256 of the weights among `files` (as `hashes` gives them), whatever they are called."""
+    return digest_of(value for name, value in files.items() if name.endswith(".safetensors"))
 
 
 def lineage_id(lineage: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from ingot.packaging.licences import OBLIGATIONS, Terms, lookup
+from ingot.packaging.licences import LICENCE_FILES, OBLIGATIONS, POLICY_FILES, Terms, is_called, lookup
 
 FOLDER = "licences"
 
@@ -23,10 +23,9 @@ def write_notices(folder: Path, terms: Terms, name: str) -> None:
     if base is not None:
         same = lookup(base.licence) is not None and lookup(base.licence) == lookup(terms.licence)
         for path in base.files:
-            plain = path.name.upper()
-            if plain.startswith(("LICENSE", "LICENCE", "COPYING")) and same and not (folder / "LICENSE").exists():
+            if is_called(path, LICENCE_FILES) and same and not (folder / "LICENSE").exists():
                 shutil.copyfile(path, folder / "LICENSE")
-            elif plain.startswith(("USE_POLICY", "ACCEPTABLE_USE", "PROHIBITED_USE", "USE-POLICY")):
+            elif is_called(path, POLICY_FILES):
                 shutil.copyfile(path, folder / path.name)
     (folder / "NOTICE").write_text(_notice(terms, name, places), encoding="utf-8")
 
@@ -48,7 +47,7 @@ def _notice(terms: Terms, name: str, places: list[str]) -> str:
         lines += ["", sentence]
     for part in terms.parts:
         for path in part.files:
-            if path.name.upper().startswith("NOTICE") and path.suffix.lower() != ".pdf":
+            if is_called(path, ("NOTICE",)) and path.suffix.lower() != ".pdf":
                 text = path.read_text(encoding="utf-8", errors="replace").strip()
                 lines += ["", f"--- notice of {part.name} ---", text]
     if places:

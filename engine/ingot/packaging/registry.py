@@ -3,17 +3,21 @@
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ingot.errors import IngotError, MissingPackage, ModelError
+from ingot.errors import IngotError, MissingPackage, ModelError, RecipeError
 from ingot.packaging.bundle import MANIFEST_FILE, check_manifest
+from ingot.packaging.shards import link
 from ingot.track import redact
 
+REFERENCE = "models:/"
+REFERENCES = re.compile(rf"(?:{REFERENCE})?([^/@'\\]+)(?:/(\d+|latest)|@([^/@]+))?")
 STORE_VARIABLES = ("MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_URI")
 
 
@@ -65,23 +69,47 @@ def client_of(uri: str) -> Any:
             return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def read_reference(text: str) -> tuple[str, int | str | None]:
+    """(name; number or alias, None for the newest) of NAME, NAME/latest, NAME/VERSION or NAME@ALIAS, with or without
+    models:/ before it. Raises RecipeError for anything else.
+    """
+    if (found := REFERENCES.fullmatch(text)) is None:
+        raise RecipeError("MODEL", text, "write NAME or NAME/latest, NAME/VERSION (a number) or NAME@ALIAS")
+    name, number, alias = found.groups()
+    return name, alias or (int(number) if number and number != "latest" else None)
+
+
+def every(search: Callable[..., Any], wanted: str | None = None) -> list[Any]:
+    """All that `search` of MLflow's client finds: it answers in pages."""
+    found, token = list[Any](), None
+    while True:
+        page = search(filter_string=wanted, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
 def fetched(uri: str, store: str | None = None) -> Path:
-    """The folder of `models:/NAME/VERSION` or `models:/NAME@ALIAS`: where it lies, or downloaded where it is elsewhere.
+    """The folder of what `uri` refers to as `read_reference` says: where it lies, or downloaded where it is elsewhere.
 
     `store`: the registry's address, None: that of `store_uri`. Raises ModelError when it has no such model or cannot
     be reached.
     """
     store = store or store_uri()
+    name, which = read_reference(uri)
     try:
         client = client_of(store)
         import mlflow.artifacts
 
-        name, at, alias = uri.removeprefix("models:/").partition("@")
-        name, _, number = name.partition("/")
-        number = client.get_model_version_by_alias(name, alias).version if at else number
-        if number == "latest":
-            number = str(max(int(it.version) for it in client.search_model_versions(f"name = '{name}'")))
-        source = client.get_model_version_download_uri(name, str(number))
+        if which is None:
+            known = every(client.search_model_versions, f"name = '{name}'")
+            which = max((int(it.version) for it in known), default=None)
+        elif isinstance(which, str):
+            which = client.get_model_version_by_alias(name, which).version
+        if which is None:
+            raise RegistryError(f"the registry holds no version of {name!r}")
+        source = client.get_model_version_download_uri(name, str(which))
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=store, registry_uri=store))
     except MissingPackage:
         raise
@@ -106,12 +134,10 @@ def linked(source: Path, target: Path) -> int:
             if not path.is_file() or "__pycache__" in path.parts:
                 continue
             place = building / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                if path.relative_to(source).as_posix() not in fixed:
-                    raise OSError
-                os.link(path.resolve(), place)
-            except OSError:  # another file system, or one without links
+            if path.relative_to(source).as_posix() in fixed:
+                copied += link(path, place)
+            else:
+                place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, place)
                 copied += path.stat().st_size
         os.replace(building, target)

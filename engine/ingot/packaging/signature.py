@@ -10,6 +10,7 @@ from ingot.errors import PackageError
 from ingot.model.folder import CLASSIFIER_FILE, RUNTIME_FILE, embedding_facts
 from ingot.model.task_checks import SchemaError, flat
 from ingot.model.task_schemas import TASKS, Column
+from ingot.packaging.shards import shards_of
 
 FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py")
 # What the Hub calls a task, where that is another name.
@@ -38,13 +39,7 @@ def check_model_folder(folder: Path, task: str) -> dict[str, Any]:
             raise PackageError(
                 f"{path} could run code when loaded; a package holds safetensors and data only: remove it"
             )
-    index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if missing:
-        raise PackageError(f"{folder} holds no {missing[0]}: the weights are incomplete")
+    shards_of(folder)  # all of them are there
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if task == "chat-completion" and not ((folder / "chat_template.jinja").is_file() or "chat_template" in settings):
         raise PackageError(f"{folder} has no chat template: chat-completion cannot be served; set model.chat_template")

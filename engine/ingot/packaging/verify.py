@@ -22,8 +22,9 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-5  # of numbers that two processes compute
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared. `answers` are the records that the clean process gave. `difference`: how far its logits are
-    apart from the expected ones, as a share of the largest; None where answers were compared.
+    """What was compared. `answers` are the records that the clean process gave, `answer` its record of the one further
+    row that it was asked by itself. `difference`: how far its logits are apart from the expected ones, as a share of
+    the largest; None where answers were compared.
     """
 
     examples: int
@@ -32,6 +33,7 @@ class Verification:
     seconds: float
     difference: float | None = None
     tolerance: float | None = None
+    answer: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -53,13 +55,15 @@ def verify_package(
     examples: list[dict[str, Any]],
     expected: list[dict[str, Any]],
     *,
+    example: dict[str, Any] | None = None,
     near: Near | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 600.0,
 ) -> Verification:
     """Load `package` in a clean process, answer `examples` (rows of its task, all with the same columns) with its
-    default settings, and compare with the `expected` records; with `near` compare logits instead. `env`: variables
-    that the process gets, such as where an adapter's base lies. Raises `PackageError` with the first difference.
+    default settings, and compare with the `expected` records; with `near` compare logits instead. `example`: a row that
+    is answered too, and compared with nothing. `env`: variables that the process gets, such as where an adapter's base
+    lies. Raises `PackageError` with the first difference.
     """
     if not examples or len(examples) != len(expected):
         raise PackageError(
@@ -70,11 +74,14 @@ def verify_package(
     check_manifest(package)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ingot-verify-") as place:
-        response = _run(package.resolve(), examples, Path(place), timeout_s, env or {}, near is not None)
+        asked = {"examples": [_columns(row) for row in examples], "logits": near is not None}
+        asked |= {"example": None if example is None else _columns(example)}
+        response = _run(package.resolve(), asked, Path(place), timeout_s, env or {})
     answers = response["rows"]
     if len(answers) != len(examples):
         raise PackageError(f"the packaged model gave {len(answers)} answers to {len(examples)} examples")
-    done = Verification(len(examples), answers, len(response["hidden"]), round(time.perf_counter() - started, 3))
+    seconds = round(time.perf_counter() - started, 3)
+    done = Verification(len(examples), answers, len(response["hidden"]), seconds, answer=response["answer"])
     if near is not None:
         return replace(done, difference=_apart(near, response["logits"]), tolerance=near.tolerance)
     for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True)):
@@ -85,16 +92,22 @@ def verify_package(
 
 def _apart(near: Near, logits: list[list[float]]) -> float:
     """The worst row's max|got - wanted| / max|wanted|. Raises PackageError over the tolerance."""
-    worst = 0.0
-    for wanted, got in zip(near.logits, logits, strict=True):
-        gap = max(abs(a - b) for a, b in zip(wanted, got, strict=True)) / max(1e-6, *map(abs, wanted))
-        worst = max(worst, gap) if gap == gap else gap  # NaN stays
-    if not worst <= near.tolerance:
+    worst = max(_gap(wanted, got) for wanted, got in zip(near.logits, logits, strict=True))
+    if worst > near.tolerance:
         raise PackageError(
             f"the packaged model's logits are {worst:.2g} of their size away from those of the model that it was made "
             f"from (at most {near.tolerance:g})"
         )
     return worst
+
+
+def _gap(wanted: list[float], got: list[float]) -> float:
+    """max|got - wanted| / max|wanted|, the latter of what is finite. Equal infinities are no gap, any NaN an infinite
+    one: `max` passes over a NaN that is not its first argument.
+    """
+    gaps = [0.0 if a == b else abs(a - b) for a, b in zip(wanted, got, strict=True)]
+    size = max((abs(a) for a in wanted if math.isfinite(a)), default=0.0)
+    return math.inf if any(map(math.isnan, gaps)) else max(gaps) / max(1e-6, size)
 
 
 def _columns(example: dict[str, Any]) -> dict[str, Any]:
@@ -126,12 +139,9 @@ def _short(value: Any) -> str:
     return repr(value)[:60]
 
 
-def _run(
-    package: Path, examples: list[dict[str, Any]], place: Path, timeout_s: float, env: Mapping[str, str], logits: bool
-) -> dict[str, Any]:
+def _run(package: Path, asked: dict[str, Any], place: Path, timeout_s: float, env: Mapping[str, str]) -> dict[str, Any]:
     request, response = place / "request.json", place / "response.json"
-    rows = [_columns(example) for example in examples]
-    request.write_text(json.dumps({"package": str(package), "examples": rows, "logits": logits}), encoding="utf-8")
+    request.write_text(json.dumps({"package": str(package), **asked}), encoding="utf-8")
     inherited = {
         key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MLFLOW_", "HF_", "INGOT_"))
     }

@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ingot.errors import ModelError
 from ingot.packaging.bundle import MANIFEST_FILE, metadata_of
-from ingot.packaging.registry import RegistryError, calls, client_of, linked, local_folder
+from ingot.packaging.registry import RegistryError, calls, client_of, every, linked, local_folder
 
 PREFIX = "ingot."
 METRIC, CONFORM = f"{PREFIX}metric.", f"{PREFIX}conform."
@@ -82,15 +83,15 @@ class Registry:
         """A new version of `name` with these files and tags, and the bytes that were copied for it.
 
         The same files under the same name are the version that they are already. A store on this disk gets hard links,
-        another one an upload as artifacts of the MLflow run `run_id` (None: of a new one). Raises PackageError for a
-        package that is not what was written.
+        another one an upload as artifacts of the MLflow run `run_id` (None, or not of this store: of a new one). Raises
+        PackageError for a package that is not what was written.
         """
         digest = manifest_digest(package)
         known = [it for it in self.versions(name) if it.tags.get(MANIFEST) == digest]
         if known:
             self.tag(known[0], tags)
             return self.version(name, known[0].version), 0
-        folder, copied = local_folder(self.uri), 0
+        folder, copied, run_id = local_folder(self.uri), 0, self._of_this_store(run_id)
         if folder is None:
             source, run_id, copied = self._upload(package, name, run_id)
         else:
@@ -102,6 +103,20 @@ class Registry:
                 self._client.create_registered_model(name)
             made = self._client.create_model_version(name, source, run_id, tags={**tags, MANIFEST: digest})
         return self.version(name, int(made.version)), copied
+
+    def _of_this_store(self, run_id: str | None) -> str | None:
+        """The run, None where it was tracked elsewhere."""
+        if run_id is None:
+            return None
+        from mlflow.exceptions import MlflowException
+
+        with calls(self.uri, "does not tell its runs"):
+            try:
+                return str(self._client.get_run(run_id).info.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        return None
 
     def _upload(self, package: Path, name: str, run_id: str | None) -> tuple[str, str, int]:
         with calls(self.uri, "did not take the files"):
@@ -116,9 +131,13 @@ class Registry:
         return f"{root}/package", run_id, size
 
     def names(self) -> list[str]:
-        """Names of all models that have a version."""
+        """Names of all models, of those without a version too."""
         with calls(self.uri, "does not list its models"):
-            return sorted(it.name for it in self._client.search_registered_models())
+            return sorted(it.name for it in every(self._client.search_registered_models))
+
+    def newest(self) -> list[ModelVersion]:
+        """The newest version of every model that has one."""
+        return [it for name in self.names() for it in self.versions(name)[:1]]
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of `name`, newest first; none for an unknown name."""
@@ -130,13 +149,7 @@ class Registry:
 
     def _found(self, wanted: str) -> list[ModelVersion]:
         with calls(self.uri, "does not list versions"):
-            found, token = [], None
-            while True:
-                page = self._client.search_model_versions(wanted, page_token=token)
-                found += page
-                token = page.token
-                if not token:
-                    break
+            found = every(self._client.search_model_versions, wanted)
             aliases: dict[str, dict[str, str]] = {}
             for name in {it.name for it in found}:
                 aliases[name] = dict(self._client.get_registered_model(name).aliases)
@@ -144,18 +157,22 @@ class Registry:
         return sorted(versions, key=lambda it: (it.name, -it.version))
 
     def version(self, name: str, which: int | str | None = None) -> ModelVersion:
-        """The version of this number or alias; None: the newest. RegistryError where there is none."""
+        """The version of this number or alias; None: the newest. ModelError where there is none."""
         found = self.versions(name)
         if not found:
-            known = ", ".join(self.names()[:10]) or "none"
-            raise RegistryError(f"the registry holds no model {name!r}; it has: {known}")
+            names = self.names()
+            if name in names:
+                raise ModelError("MODEL", name, "has no version; begin with: ingot models register PACKAGE")
+            known = ", ".join(names[:10]) or "none"
+            raise ModelError("MODEL", name, f"the registry holds no model {name!r}; it has: {known}")
         if which is None:
             return found[0]
         chosen = [it for it in found if it.version == which or which in it.aliases]
         if not chosen:
             known = ", ".join(str(it.version) for it in found[:10])
             aliases = ", ".join(f"@{alias}" for it in found for alias in it.aliases) or "no alias"
-            raise RegistryError(f"{name} has no version or alias {which!r}; it has {known} and {aliases}")
+            fix = f"{name} has no version or alias {which!r}; it has {known} and {aliases}"
+            raise ModelError("MODEL", f"{name}{'/' if isinstance(which, int) else '@'}{which}", fix)
         return chosen[0]
 
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:

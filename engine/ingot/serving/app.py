@@ -14,6 +14,7 @@ from ingot.serving.metrics import CONTENT_TYPE, Metrics
 from ingot.serving.replay import Stored, prove
 from ingot.serving.routes import add_routes
 from ingot.serving.routing import Routing
+from ingot.serving.tracing import Traces
 from ingot.serving.version_metrics import VersionStates
 
 WARM_UP_S = 120.0
@@ -40,11 +41,13 @@ def create_app(
     *,
     rules: Rules | None = None,
     metrics: Metrics | None = None,
+    traces: Traces | None = None,
     admin_key: str | None = None,
     stored: Mapping[Deployed, Sequence[Stored]] | None = None,
     started: Callable[[asyncio.AbstractEventLoop], None] | None = None,
 ) -> FastAPI:
-    """The application over what is served. `metrics`: those that the engines were given meters of.
+    """The application over what is served. `metrics`: those that the engines were given meters of; `traces`: where
+    spans of requests go.
 
     `admin_key`: /admin is there, for who sends it. `stored`: rows that a model must answer as stored before it gets
     requests. `started` is called with what answers requests, and waited for, once they would be answered.
@@ -63,11 +66,13 @@ def create_app(
             await asyncio.to_thread(started, asyncio.get_running_loop())
         yield
         deployments.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     app = FastAPI(title="Ingot", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.deployments = deployments
     app.add_middleware(routing.over)  # type: ignore[arg-type]  # what makes a middleware need not be a class
-    app.add_middleware(Gate, rules=rules or Rules(), metrics=metrics)
+    app.add_middleware(Gate, rules=rules or Rules(), metrics=metrics, traces=traces)
     add_error_handlers(app)
     add_routes(app, deployments)
     app.get("/health")(probes.health)

@@ -70,9 +70,11 @@ class Deployments:
             if asked.endpoint is not one:
                 asked.endpoint, asked.version = one, one.choose(asked.id, asked.forced)
             deployed: Deployed = asked.version.deployed
+            record.current().task = deployed.task
             return deployed
         if name in self.held:
             raise ApiError(503, f"{name} gets no requests: {self.held[name]}", "overloaded_error")
+        record.current().task = one.task
         return one
 
     def hold(self, deployed: Deployed, reason: str) -> None:

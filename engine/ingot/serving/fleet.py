@@ -1,5 +1,6 @@
 """What a server serves: models by name, adapters over one of them, versions behind a name. Loads it all."""
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,14 +11,19 @@ from ingot.errors import ServeError
 from ingot.model.adapted import is_packaged_adapter
 from ingot.model.runtime import WRITING, Runtime
 from ingot.model.side_by_side import side_by_side
+from ingot.model.unweighted import without_weights
 from ingot.serving.continuous import free_tokens
 from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.endpoint_file import NAME, EndpointSection
-from ingot.serving.engine import Limits, Meter
-from ingot.serving.engines import start_engine
+from ingot.serving.engine import Engine, Limits, Meter
+from ingot.serving.engines import Wanted, by_vllm, start_engine
 from ingot.serving.replay import Stored
 from ingot.serving.versions import Versioned
+from ingot.serving.vllm_engine import VllmEngine
+from ingot.serving.vllm_model import MEMORY, Vllm
 from ingot.serving.weights import Weights
+
+log = logging.getLogger("ingot.serve")
 
 LEAST_TOKENS = 1024  # of keys and values for each of several models
 
@@ -89,33 +95,63 @@ def named_models(fleet: Fleet) -> dict[str, Target]:
     return found
 
 
-def load(target: Path) -> Runtime:
+def load(target: Path, read: Callable[[Path], Runtime] = Runtime.load) -> Runtime:
     """The model of a target. Raises ServeError."""
     folder = find_model_folder(target)
     try:
-        return Runtime.load(folder)
+        return read(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ServeError("MODEL", str(target), f"the model in {folder} does not load: {error}") from error
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model, or what reads requests for it where `vllm` runs it; of that, `adapter` by name."""
+
+    runtime: Runtime
+    vllm: Vllm | None = None
+    adapter: str | None = None
+
+    def start(self, limits: Limits, own: Limits, meter: Meter) -> Engine:
+        """Its engine. `own`: the limits of our own."""
+        if self.vllm is None:
+            return start_engine(self.runtime, own, meter)
+        return VllmEngine(self.runtime, self.vllm, limits, meter, self.adapter)
+
+
+def _open(target: Path, engine: Wanted, limits: Limits, adapters: Mapping[str, Path], share: float) -> Loaded:
+    folder = find_model_folder(target)
+    if not by_vllm(engine, folder):
+        return Loaded(load(target))
+    runtime = load(target, without_weights)
+    log.info("vLLM runs a model", extra={"fields": {"model": folder.name, "gpu_memory": share, "engine": engine}})
+    return Loaded(runtime, Vllm(folder, runtime, limits, adapters, share))
+
+
 def deploy(
-    fleet: Fleet, limits: Limits, meter: Callable[[str], Meter]
+    fleet: Fleet, limits: Limits, meter: Callable[[str], Meter], engine: Wanted = "own"
 ) -> tuple[Deployments, dict[Deployed, Sequence[Stored]]]:
     """Load everything and start its engines: (what is served, rows to prove it by). `meter`: of a model's name.
 
-    Raises ServeError, and ModelError for an adapter that cannot stand beside others.
+    Raises ServeError, and ModelError for an adapter that cannot stand beside others, or a model that vLLM cannot run.
     """
     models = named_models(fleet)
-    loaded = {name: load(target.folder) for name, target in models.items()}
-    versions = {name: load(target.folder) for name, target in fleet.versions.items()}
-    adapted: dict[str, Runtime] = {}
-    if fleet.adapters:
-        [(base, runtime)] = loaded.items()
-        loaded[base], adapted = side_by_side(runtime, dict(fleet.adapters))
-    limits = _shared(limits, [*loaded.values(), *adapted.values(), *versions.values()])
+    share = round(MEMORY / (len(models) + len(fleet.versions)), 3)
 
-    def deployed(name: str, runtime: Runtime, told: str, parent: str | None = None) -> Deployed:
-        return Deployed(name, start_engine(runtime, limits, meter(told)), parent)
+    def opened(targets: Mapping[str, Target]) -> dict[str, Loaded]:
+        return {name: _open(it.folder, engine, limits, fleet.adapters, share) for name, it in targets.items()}
+
+    loaded, versions = opened(models), opened(fleet.versions)
+    adapted: dict[str, Loaded] = {}
+    if fleet.adapters:
+        [(base, it)] = loaded.items()
+        runtime, views = side_by_side(it.runtime, dict(fleet.adapters), weights=it.vllm is None)
+        loaded[base] = replace(it, runtime=runtime)
+        adapted = {name: Loaded(view, it.vllm, name) for name, view in views.items()}
+    own = _shared(limits, [*loaded.values(), *adapted.values(), *versions.values()])
+
+    def deployed(name: str, it: Loaded, told: str, parent: str | None = None) -> Deployed:
+        return Deployed(name, it.start(limits, own, meter(told)), parent)
 
     served: list[Any] = []
     stored: dict[Deployed, Sequence[Stored]] = {}
@@ -124,16 +160,18 @@ def deploy(
         of = {version: deployed(name, it, f"{name}@{version}") for version, it in versions.items()}
         served.append(Versioned(fleet.endpoint, of, None if fleet.weights is None else Weights(fleet.weights)))
         stored |= {of[version]: target.stored for version, target in fleet.versions.items()}
-    for name, runtime in loaded.items():
-        served.append(deployed(name, runtime, name))
+    for name, it in loaded.items():
+        served.append(deployed(name, it, name))
         stored[served[-1]] = models[name].stored
-    served += [deployed(name, runtime, name, next(iter(loaded))) for name, runtime in adapted.items()]
+    served += [deployed(name, it, name, next(iter(loaded))) for name, it in adapted.items()]
     return Deployments(*served), stored
 
 
-def _shared(limits: Limits, runtimes: Sequence[Runtime]) -> Limits:
-    """Each engine takes a quarter of the free memory for keys and values: of several, each takes its share of that."""
-    writing = [runtime for runtime in runtimes if runtime.task in WRITING]
+def _shared(limits: Limits, loaded: Sequence[Loaded]) -> Limits:
+    """Each of our own engines takes a quarter of the free memory for keys and values: of several, each takes its share
+    of that.
+    """
+    writing = [it.runtime for it in loaded if it.vllm is None and it.runtime.task in WRITING]
     if limits.cache_tokens is not None or len(writing) < 2:
         return limits
     least = min(free_tokens(runtime.model) for runtime in writing)

@@ -20,6 +20,7 @@ from ingot.serving.listening import is_loopback
 from ingot.serving.metrics import Metrics
 from ingot.serving.quota import Quota
 from ingot.serving.record import Record, begin
+from ingot.serving.tracing import Traces
 
 OPEN_PATHS = ("/", "/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready")  # hosts' probes send no key
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")
@@ -55,8 +56,8 @@ class Rules:
 class Gate:
     """Around the application; holds nothing of a request once it has ended."""
 
-    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
-        self.app, self.rules, self.metrics = app, rules, metrics
+    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics, traces: Traces | None = None) -> None:
+        self.app, self.rules, self.metrics, self.traces = app, rules, metrics, traces
         self._quotas: dict[str, Quota] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -214,6 +215,8 @@ class Gate:
         self.metrics.seconds.labels(record.route).observe(seconds)
         if scope["path"] in QUIET_PATHS and status < 400:
             return
+        if self.traces is not None:
+            self.traces.span(scope, record, status)
         fields = {
             "id": record.id,
             "route": record.route,

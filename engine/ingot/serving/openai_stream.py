@@ -65,19 +65,23 @@ class ChatEvents:
         return [self._choice(index, {"role": "assistant", "content": ""})]
 
     def piece(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """Text, unless it may be part of a call."""
+        """Text and calls, as far as they are certain."""
         self._told[index] = self._told.get(index, 0) + len(piece.told)
-        text = self._calls[index].feed(piece) if index in self._calls else str(piece)
-        return [self._choice(index, {"content": text} if text else {}, piece.told)] if text or piece.told else []
+        text, calls = self._calls[index].feed(piece) if index in self._calls else (str(piece), [])
+        return self._deltas(index, text, calls, piece.told)
 
     def last(self, index: int, answer: Generation) -> list[dict[str, Any]]:
-        """The rest of the text, calls, the reason."""
-        text, calls = self._calls[index].end() if index in self._calls else ("", [])
-        told = answer.told[self._told.get(index, 0) :]
-        choices = [self._choice(index, {"content": text} if text else {}, told)] if text or told else []
-        if calls:
-            choices.append(self._choice(index, {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]}))
-        return [*choices, self._choice(index, {}, reason="tool_calls" if calls else answer.finish_reason)]
+        """The rest of both, the reason."""
+        text, calls, called = self._calls[index].end() if index in self._calls else ("", [], False)
+        choices = self._deltas(index, text, calls, answer.told[self._told.get(index, 0) :])
+        return [*choices, self._choice(index, {}, reason="tool_calls" if called else answer.finish_reason)]
+
+    def _deltas(self, index: int, text: str, calls: list[dict[str, Any]], told: Any) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = [{"content": text}] if text else []
+        deltas += [{"tool_calls": [call]} for call in calls]
+        if told and not deltas:
+            deltas = [{}]
+        return [self._choice(index, delta, () if place else told) for place, delta in enumerate(deltas)]
 
 
 class TextEvents:

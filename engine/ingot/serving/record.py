@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 @dataclass
 class Record:
     """One request. Never holds a part of its input. `until`: the deadline by `time.monotonic`;
-    `hurried`: the caller asked for an earlier one than the server's.
+    `hurried`: the caller asked for an earlier one than the server's; `first_s`: seconds to its first token or answer.
     """
 
     id: str = ""
     route: str = ""
     model: str = ""
+    task: str = ""
     key: str = ""
     began: float = field(default_factory=time.monotonic)
     until: float | None = None
@@ -21,6 +22,11 @@ class Record:
     prompt_tokens: int = 0
     new_tokens: int = 0
     cause: str = ""
+    first_s: float | None = None
+
+    def first(self) -> None:
+        """Its first token or answer is there."""
+        self.first_s = time.monotonic() - self.began if self.first_s is None else self.first_s
 
 
 _current: ContextVar[Record | None] = ContextVar("ingot_request", default=None)

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -27,6 +27,7 @@ from ingot.serving.channel import Parent
 from ingot.serving.connection import Patient
 from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.engine import Limits
+from ingot.serving.engines import Wanted
 from ingot.serving.fleet import Fleet, Target, deploy
 from ingot.serving.gate import BODY_S, MAX_BODY_BYTES, Rules
 from ingot.serving.keys import KEY_VARIABLE, Keyring
@@ -34,6 +35,7 @@ from ingot.serving.listening import bind, keyring, url_of
 from ingot.serving.logs import Format, write_logs
 from ingot.serving.metrics import Metrics
 from ingot.serving.replay import Stored
+from ingot.serving.tracing import Traces, traces_to
 
 START_TIMEOUT_S = 60.0
 UNWELL_S = 60.0  # without a model at work behind a name: then the process has to be started again
@@ -59,9 +61,11 @@ class Options:
     body_s: float = BODY_S
     log_format: Format = "text"
     admin_key: str | None = field(default=None, repr=False)
+    engine: Wanted = "auto"
+    otel: str | None = None  # a collector's address; None: OpenTelemetry's own variables say whether there is one
 
     @classmethod
-    def of(cls, section: Serve, admin_key: str | None = None) -> Self:
+    def of(cls, section: Serve, admin_key: str | None = None, otel: str | None = None) -> Self:
         """As a recipe or the command line says."""
         limits = Limits(
             waiting_requests=section.max_waiting,
@@ -81,6 +85,8 @@ class Options:
             body_s=section.body_timeout,
             log_format=section.log_format,
             admin_key=admin_key,
+            engine=section.engine or "auto",
+            otel=otel,
         )
 
 
@@ -140,13 +146,20 @@ def make_server(
     options: Options,
     stored: Mapping[Deployed, Sequence[Stored]] | None = None,
     started: Started | None = None,
+    traces: Traces | None = None,
 ) -> DrainingServer:
-    """A server over engines that have been started; `stored` and `started` as `create_app` takes them."""
+    """A server over engines that have been started; `stored`, `started` and `traces` as `create_app` takes them."""
     minute = options.requests_per_minute, options.tokens_per_minute
     rules = Rules(ring, *minute, options.deadline_s, options.max_body_bytes, options.body_s, local=ring.open)
     config = uvicorn.Config(
         create_app(
-            deployments, rules=rules, metrics=metrics, admin_key=options.admin_key, stored=stored, started=started
+            deployments,
+            rules=rules,
+            metrics=metrics,
+            traces=traces,
+            admin_key=options.admin_key,
+            stored=stored,
+            started=started,
         ),
         http=Patient,
         ws="none",
@@ -164,14 +177,14 @@ def _start(
     fleet: Fleet, ring: Keyring, options: Options, started: Started | None = None
 ) -> tuple[DrainingServer, Deployments]:
     """A server whose models have answered. Raises ServeError."""
-    metrics = Metrics()
-    deployments, stored = deploy(fleet, options.limits, metrics.of)
+    metrics, traces = Metrics(), traces_to(options.otel)
+    deployments, stored = deploy(fleet, options.limits, metrics.of, options.engine)
     deployments.wait_ready(WARM_UP_S)
     if not deployments.working:
         deployments.close()
         given = [str(target.folder) for target in (*fleet.models, *fleet.versions.values())]
         raise ServeError("MODEL", ", ".join(given), "the model loads, but does not answer; the log says why")
-    return make_server(deployments, ring, metrics, options, stored, started), deployments
+    return make_server(deployments, ring, metrics, options, stored, started, traces), deployments
 
 
 def serve(
@@ -228,8 +241,18 @@ def serve(
 class Endpoint:
     """The endpoint in a thread of this process: `with Endpoint(folder) as endpoint: endpoint.ask("...")`."""
 
-    def __init__(self, target: Path, host: str = "127.0.0.1", port: int = 0, *, options: Options | None = None) -> None:
-        self.target, self.host, self.port, self.options = target, host, port, options or Options()
+    def __init__(
+        self,
+        target: Path,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        engine: Wanted = "own",
+        otel: str | None = None,
+        options: Options | None = None,
+    ) -> None:
+        self.target, self.host, self.port = target, host, port
+        self.options = replace(options or Options(), engine=engine, otel=otel)
 
     def __enter__(self) -> Self:
         self._key, ring = os.environ.get(KEY_VARIABLE) or None, keyring(self.host, self.options.keys)

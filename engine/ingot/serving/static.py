@@ -1,8 +1,13 @@
 """The engine of models that answer a row by one pass: rows of several requests are answered together."""
 
+import copy
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
 from typing import Any
+
+import torch
 
 from ingot.model.generate import context_limit
 from ingot.model.running import alike, pass_tokens
@@ -14,6 +19,8 @@ from ingot.serving.record import current
 from ingot.serving.worker import Job, Ticket, Worker
 
 CHARACTERS = 4  # a token, where nothing has been encoded yet
+SEVERAL_PASSES = ("summarization", "translation")
+BESIDE = 8  # passes at most; each has a tokenizer of its own
 
 
 def estimated_tokens(value: Any) -> int:
@@ -37,14 +44,73 @@ class Asking(Ticket):
         self.params = {name: value for name, value in params.items() if value is not None}
         self.found: dict[int, dict[str, Any]] = {}
 
+    @property
+    def answered(self) -> bool:
+        """Whether every row has its answer."""
+        return len(self.found) == len(self.rows)
+
+
+class Passes:
+    """Groups of rows through one model: on a CPU side by side, each with its share of the threads.
+
+    Threads of one pass wait for each other at every layer, and longest where other programs use the cores, too. 64
+    questions to a BERT of 6 layers in 4 groups on 2 busy cores: 19 ms a row one after the other with two threads, 6 ms
+    side by side.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        model: Any = runtime.model
+        device = next(model.parameters()).device
+        self._runtime, self._spare = runtime, pass_tokens(device)
+        alone = device.type != "cpu" or runtime.task in SEVERAL_PASSES
+        self._threads = 1 if alone else torch.get_num_threads()
+        self._beside = min(self._threads, BESIDE)
+        self._free: SimpleQueue[Runtime] = SimpleQueue()
+        for _ in range(self._beside):  # a tokenizer refuses a second thread while it is set to cut texts
+            self._free.put(Runtime(model, copy.deepcopy(runtime.tokenizer), runtime.about))
+        # A thread that has not asked for their number takes that of the process again at its first operation.
+        self._pool = ThreadPoolExecutor(self._beside, "ingot-pass", torch.get_num_threads)
+
+    def answers(
+        self, rows: Sequence[dict[str, Any]], sizes: Sequence[int], params: dict[str, Any]
+    ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+        """(places of rows, their answers) of each group, as they come. `sizes`: about how many tokens the rows have."""
+        groups = alike(sizes, self._spare)
+        if len(groups) == 1 or self._beside == 1:
+            for group in groups:
+                yield group, self._runtime.answer([rows[place] for place in group], params)
+            return
+        threads = self._threads // min(len(groups), self._beside)
+        jobs = {
+            self._pool.submit(self._answer, [rows[place] for place in group], params, threads): group
+            for group in groups
+        }
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
+
+    def _answer(self, rows: list[dict[str, Any]], params: dict[str, Any], threads: int) -> list[dict[str, Any]]:
+        torch.set_num_threads(threads)  # of this thread
+        runtime = self._free.get()
+        try:
+            return runtime.answer(rows, params)
+        finally:
+            self._free.put(runtime)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
 
 class StaticEngine(Worker):
     """See `Engine`. Each turn answers up to `batch_tokens` of rows that ask for the same."""
 
     def __init__(self, runtime: Runtime, limits: Limits | None = None, meter: Meter | None = None) -> None:
-        model: Any = runtime.model
         self._running, self._company = 0, False
-        self._pass_tokens = pass_tokens(next(model.parameters()).device)
+        self._passes = Passes(runtime)
         super().__init__(runtime, limits, meter)
 
     async def answer(
@@ -157,26 +223,34 @@ class StaticEngine(Worker):
         sizes = [estimated_tokens(row) for row in rows]
         self._running, began = len(rows), now()
         try:
-            for group in alike(sizes, self._pass_tokens):
-                answers = self.runtime.answer([rows[place] for place in group], parts[0][0].params)
+            for group, answers in self._passes.answers(rows, sizes, parts[0][0].params):
                 for place, answer in zip(group, answers, strict=True):
                     ticket, row = asked[place]
                     ticket.found[row] = answer
+                self._hand_out(dict.fromkeys(asked[place][0] for place in group))
         except Exception as error:
-            if len(parts) > 1:
-                for part in parts:
+            left = [(ticket, places) for ticket, places in parts if not ticket.answered]
+            if len(left) > 1:
+                for part in left:
                     self._answer([part])
                 return
-            self._ended(parts[0][0], error)
+            self._ended(left[0][0], error)
             return
         finally:
             self._running = 0
         self._failures = 0
         self._paced(sum(sizes), now() - began)
-        for ticket, _ in parts:
-            if len(ticket.found) == len(ticket.rows):
+
+    def _hand_out(self, tickets: Iterable[Asking]) -> None:
+        """Tell the answers of requests whose last row has been answered: their clients ask again while others' rows
+        are computed.
+        """
+        for ticket in tickets:
+            if ticket.answered:
                 self.meter.first(now() - ticket.entered)
+                ticket.record.first()
                 self._tell(ticket, [ticket.found[place] for place in range(len(ticket.rows))])
+        self._flush()
 
     def _ended(self, ticket: Asking, error: Exception) -> None:
         """`ticket` has failed: its other rows are not asked."""
@@ -189,3 +263,8 @@ class StaticEngine(Worker):
 
     def _busy(self) -> bool:
         return bool(self._waiting)
+
+    def close(self, timeout_s: float = 10.0, *, drain_s: float = 0.0) -> None:
+        """As `Worker.close`."""
+        super().close(timeout_s, drain_s=drain_s)
+        self._passes.close()

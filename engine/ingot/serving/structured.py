@@ -3,7 +3,7 @@
 # V vocabulary
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -48,6 +48,19 @@ class SchemaGuide:
         self.finished = self.failed or self._matcher.is_stopped()
 
 
+@dataclass(frozen=True, eq=False)
+class Guides:
+    """Makes a guide along `schema` for each answer."""
+
+    schema: dict[str, Any]
+    whole: Any
+    size: int
+
+    def __call__(self) -> Guide:
+        """A new one."""
+        return SchemaGuide(self.whole.deep_copy(), self.size)
+
+
 @lru_cache(maxsize=16)  # about a second for 150,000 tokens
 def _vocabulary(tokenizer: Any, ends: tuple[int, ...]) -> Any:
     from llguidance import LLTokenizer
@@ -55,8 +68,8 @@ def _vocabulary(tokenizer: Any, ends: tuple[int, ...]) -> Any:
     return LLTokenizer(tokenizer.backend_tokenizer.to_str(), n_vocab=len(tokenizer), eos_token=list(ends))
 
 
-def guided(runtime: Runtime, schema: dict[str, Any], field: str) -> Callable[[], Guide]:
-    """Makes a guide along `schema` for each answer. Raises InputError, naming `field`."""
+def guided(runtime: Runtime, schema: dict[str, Any], field: str) -> Guides:
+    """What makes a guide along `schema` for each answer. Raises InputError, naming `field`."""
     try:
         from llguidance import LLMatcher
     except ModuleNotFoundError as error:
@@ -81,4 +94,4 @@ def guided(runtime: Runtime, schema: dict[str, Any], field: str) -> Callable[[],
     whole.compute_bitmask()
     if whole.is_error():
         raise InputError(field, f"{field}: the schema cannot be followed: it has no beginning, or is too large")
-    return lambda: SchemaGuide(whole.deep_copy(), vocabulary.vocab_size)
+    return Guides(schema, whole, vocabulary.vocab_size)

@@ -15,6 +15,9 @@ from ingot.model.sampling import InputError
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
 TAGGED = re.compile(rf"{OPENS}\s*(.*?)\s*(?:{CLOSES}|$)", re.DOTALL)
 FORCED = "tool_choice"
+# A call up to its arguments, in the order that models write it in; in another one it is told once it is whole.
+HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+FIRST, BETWEEN = re.compile(r"\s*\[?"), re.compile(r"\s*\}\s*,")  # before calls that stand by themselves
 
 
 def prompt_of(runtime: Runtime, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
@@ -62,7 +65,11 @@ def _call(value: Any, names: set[str]) -> dict[str, Any] | None:
     if not isinstance(arguments, dict):
         return None
     written = {"name": value["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": written}
+    return {"id": _id(), "type": "function", "function": written}
+
+
+def _id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def read(text: str, names: set[str]) -> tuple[str, list[dict[str, Any]]]:
@@ -85,15 +92,35 @@ def read(text: str, names: set[str]) -> tuple[str, list[dict[str, Any]]]:
 
 
 class Unfolding:
-    """Text as it comes: what may still be the beginning of a call is held back."""
+    """Text as it comes -> what is said, and OpenAI's deltas of calls. What may still be the beginning of a call is held
+    back; a call is told from where its arguments begin, and then as they come. It is not taken back where it breaks.
+    """
 
     def __init__(self, names: set[str]) -> None:
         self.names, self.text, self.sent = names, "", 0
+        self._calls, self._at = 0, 0  # calls that were told, and where the last one's arguments ended or go on
+        self._depth, self._inside, self._quoted, self._escaped = 0, False, False, False
 
-    def feed(self, new: str) -> str:
-        """What is said for certain since the last call."""
+    def feed(self, new: str) -> tuple[str, list[dict[str, Any]]]:
+        """What is certain since the last call."""
         self.text += new
-        if self.text.lstrip()[:1] in ("", "{", "["):
+        return self._said(), self._called()
+
+    def end(self) -> tuple[str, list[dict[str, Any]], bool]:
+        """The rest of both, and whether all calls are whole."""
+        said, calls = read(self.text, self.names)
+        if calls or not self._calls:
+            late = [part for place, call in enumerate(calls) if place >= self._calls for part in _deltas(place, call)]
+            return said[self.sent :], late, bool(calls)
+        begins = None if self._inside else self._next()
+        return "" if begins is None else self.text[begins:], [], False
+
+    @property
+    def _bare(self) -> bool:
+        return self.text.lstrip()[:1] in ("", "{", "[")
+
+    def _said(self) -> str:
+        if self._bare:
             return ""
         place = self.text.find(OPENS)
         if place < 0:
@@ -104,7 +131,50 @@ class Unfolding:
         new, self.sent = said[self.sent :], max(self.sent, len(said))
         return new
 
-    def end(self) -> tuple[str, list[dict[str, Any]]]:
-        """The rest of what is said, and the calls."""
-        said, calls = read(self.text, self.names)
-        return said[self.sent :], calls
+    def _called(self) -> list[dict[str, Any]]:
+        told: list[dict[str, Any]] = []
+        while True:
+            if self._inside and (piece := self._arguments()):
+                told.append({"index": self._calls - 1, "function": {"arguments": piece}})
+            begins = None if self._inside else self._next()
+            head = None if begins is None else HEAD.match(self.text, begins)
+            if head is None or head[1] not in self.names:
+                return told
+            told.append(_begun(self._calls, _id(), head[1]))
+            self._calls, self._at, self._inside = self._calls + 1, head.end(), True
+
+    def _next(self) -> int | None:
+        """Where the JSON of the next call would begin."""
+        if not self._bare:
+            place = self.text.find(OPENS, self._at)
+            return None if place < 0 else place + len(OPENS)
+        found = (BETWEEN if self._calls else FIRST).match(self.text, self._at)
+        return None if found is None else found.end()
+
+    def _arguments(self) -> str:
+        """What has come of an object since the last call; `_inside` says whether it goes on."""
+        begins = self._at
+        while self._inside and self._at < len(self.text):
+            letter = self.text[self._at]
+            self._at += 1
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._quoted, self._escaped = letter != '"', letter == "\\"
+            elif letter == '"':
+                self._quoted = True
+            else:
+                self._depth += (letter in "{[") - (letter in "}]")
+                self._inside = self._depth > 0
+        return self.text[begins : self._at]
+
+
+def _begun(place: int, name: str, function: str) -> dict[str, Any]:
+    return {"index": place, "id": name, "type": "function", "function": {"name": function, "arguments": ""}}
+
+
+def _deltas(place: int, call: dict[str, Any]) -> list[dict[str, Any]]:
+    """A whole call as two deltas."""
+    function = call["function"]
+    rest = {"index": place, "function": {"arguments": function["arguments"]}}
+    return [_begun(place, call["id"], function["name"]), rest]

@@ -15,6 +15,12 @@ def test_float_noise_is_no_difference() -> None:
     assert difference(1.0, 1) == (0.0, "")  # JSON has no other way to say 1.0
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_equal_numbers_without_a_difference_are_equal(value: str) -> None:
+    assert difference(float(value), float(value)) == (0.0, "")
+    assert difference(float(value), 1.0) == difference(1.0, float(value)) == (float("inf"), " differs by inf")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

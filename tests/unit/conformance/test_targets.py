@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ingot.conformance import azure_targets, processes, server_targets, targets, venvs
+from ingot.conformance import azure_targets, engine_targets, processes, server_targets, targets, venvs
 from ingot.conformance.case import Case, Mismatch, Unavailable
 from ingot.conformance.targets import TARGETS, all_passed, conform
 from ingot.model.runtime import Runtime
@@ -201,17 +202,29 @@ def test_the_answer_from_training_is_held_against_this_process(make_case: Callab
     assert conform(case, "runtime").state == "passed"
     other = case.expected[0] | {"probability": 0.25}
     assert "probability differs" in conform(replace(case, expected=[other]), "runtime").reason
-    assert conform(replace(case, trained=None), "runtime").state == "skipped"
+    assert case.trained is not None
+    near = case.trained | {"probability": case.trained["probability"] + 5e-6}
+    assert conform(replace(case, trained=near), "runtime").difference == pytest.approx(5e-6)
+    without = conform(replace(case, trained=None), "runtime")
+    assert without.state == "skipped" and without.reason.startswith("no answer stored")
+    elsewhere = conform(replace(case, about=case.about | {"answered_on": "cuda"}), "runtime")
+    assert elsewhere.state == "skipped" and "cuda" in elsewhere.reason
 
 
+@pytest.mark.slow  # a server in a process of its own
 @pytest.mark.parametrize("kind", ["chat", "head"])
-def test_our_endpoint_answers_every_form(make_case: Callable[[str], Case], kind: str) -> None:
+def test_our_endpoint_answers_every_form(
+    make_case: Callable[[str], Case], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("INGOT_API_KEY", "INGOT_ADMIN_KEY"):  # the user's own, for other servers
+        monkeypatch.setenv(name, "k" * 40)
     found = conform(make_case(kind), "ingot-serve")
     assert (found.state, found.reason) == ("passed", "")
     assert found.forms[:4] == ("dataframe_split", "dataframe_records", "instances", "inputs")
     assert ("openai" in found.forms) == (kind == "chat")
 
 
+@pytest.mark.slow
 def test_our_endpoint_with_another_weight_is_seen(make_case: Callable[[str], Case]) -> None:
     case = make_case("head")
     change_weight(case)
@@ -283,15 +296,72 @@ def test_an_engine_on_path_is_pointed_inside_the_package(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
     text = json.dumps(["/v1/completions", 12, ["serve", str(case.model)]])
-    asked = replace(
+    found = conform(writes(case, text), "vllm")
+    assert (found.state, found.reason) == ("passed", "")
+
+
+def writes(case: Case, *expected: str) -> Case:
+    return replace(
         case,
         task="text-generation",
-        rows=[{"input_string": "x"}],
-        expected=[{"output_string": text}],
+        rows=[{"input_string": "x"} for _ in expected],
+        expected=[{"output_string": text} for text in expected],
         about={"new_tokens": 12},
     )
-    found = conform(asked, "vllm")
-    assert (found.state, found.reason) == ("passed", "")
+
+
+def test_a_gguf_file_is_for_llama_cpp(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither llama.cpp nor Ollama can be installed here: programs of these names speak their protocol."""
+    case.model.mkdir()
+    (case.model / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    case = writes(case, "wrong", json.dumps(["/v1/completions", 12, ["--model", str(case.gguf)]]))
+    found = {name: conform(case, name) for name in TARGETS}
+    assert {it.state for it in found.values()} == {"skipped"}
+    others = [it.reason for name, it in found.items() if name not in targets.READ_GGUF]
+    assert set(others) == {"the package holds a GGUF file, which only llama-cpp and ollama read"}
+    assert "llama-server" in found["llama-cpp"].reason and "ollama is not on PATH" in found["ollama"].reason
+
+    program = tmp_path / "bin" / "llama-server"
+    program.parent.mkdir()
+    program.write_text(ENGINE.format(python=sys.executable))
+    program.chmod(0o755)
+    passed = conform(case, "llama-cpp")
+    assert (passed.state, passed.reason) == ("passed", "")
+    assert passed.forms == ("openai (1 of 2 texts as the merged model's)",)
+    other = conform(writes(case, "wrong", "wrong too"), "llama-cpp")
+    assert (other.state, other.reason) == ("failed", "openai: no text begins as the merged model's does")
+    (case.model / "model.gguf").unlink()
+    assert "no GGUF file" in conform(case, "llama-cpp").reason
+
+
+LLAMA = """
+import json
+class Llama:
+    def __init__(self, model_path, n_ctx, verbose): self.path = model_path
+    def create_completion(self, prompt, **how):
+        return {"choices": [{"text": json.dumps([self.path, prompt, how])}]}
+    def create_chat_completion(self, messages, **how):
+        return {"choices": [{"message": {"content": json.dumps([self.path, messages, how])}}]}
+"""
+
+
+@pytest.mark.parametrize("task", ["text-generation", "chat-completion"])
+def test_llama_cpp_s_python_package_is_asked_where_its_program_is_not(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: str
+) -> None:
+    """The package cannot be installed here: a module of its name answers what it was asked."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "llama_cpp.py").write_text(LLAMA)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(engine_targets, "ask_child", in_this_process)
+    case.model.mkdir()
+    (case.model / "model.gguf").write_bytes(b"GGUF")
+    asked = "x" if task == "text-generation" else [{"role": "user", "content": "x"}]
+    case = writes(case, json.dumps([str(case.gguf), asked, {"temperature": 0.0, "max_tokens": 12}]))
+    found = conform(replace(case, task=task), "llama-cpp")
+    assert (found.reason, found.forms) == ("", ("python (1 of 1 texts as the merged model's)",))
 
 
 def test_a_server_that_ends_or_never_comes_up_is_told(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,12 +371,39 @@ def test_a_server_that_ends_or_never_comes_up_is_told(case: Case, monkeypatch: p
         processes.server(case, "x", ends, "http://127.0.0.1:1"),
     ):
         pass
-    monkeypatch.setattr(processes, "START_TIMEOUT_S", 0.2)
+    case = replace(case, timeout_s=0.2)
     hangs = [sys.executable, "-c", "import time; time.sleep(60)"]
     started = time.monotonic()
     with pytest.raises(Mismatch, match="was not up"), processes.server(case, "x", hangs, "http://127.0.0.1:1"):
         pass
     assert time.monotonic() - started < 30
+
+
+def test_a_server_is_waited_for_as_long_as_the_case_says(case: Case) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/invocations"
+        started = time.monotonic()
+        with pytest.raises(Mismatch, match=r"no answer within 0\.3 s \(--timeout\)"):
+            processes.post(replace(case, timeout_s=0.3), url, {})
+        assert time.monotonic() - started < 10
+    with pytest.raises(Mismatch, match="no connection"):
+        processes.post(case, url, {})
+
+
+def test_children_learn_how_long_they_may_wait(case: Case, tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import json, sys\nopen(sys.argv[2], 'w').write(json.dumps(json.load(open(sys.argv[1]))['timeout_s']))"
+    )
+    assert processes.ask_child(replace(case, timeout_s=77.0), script) == 77.0
+
+
+def test_nothing_but_engines_sees_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert processes.clean(case)["CUDA_VISIBLE_DEVICES"] == ""
+    assert processes.clean(case, gpu=True)["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 def test_a_child_runs_clean_and_is_ended(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,15 @@ import pytest
 from scripted import Questions, Scripted, evaluated, right
 
 from ingot.errors import DataError, FieldError
-from ingot.evaluation.compare import ALL_SLICES, Comparison, NotComparable, compare, compare_all, load_comparison
+from ingot.evaluation.compare import (
+    ALL_SLICES,
+    Comparison,
+    NotComparable,
+    compare,
+    compare_all,
+    load_comparison,
+    save_comparisons,
+)
 from ingot.evaluation.metrics import METRICS
 from ingot.evaluation.result import Evaluation, load_evaluations
 from ingot.evaluation.samples import Item
@@ -106,8 +114,9 @@ def test_models_of_other_tasks_are_refused(tmp_path: Path) -> None:
 
 def test_a_comparison_comes_back_from_its_file(tmp_path: Path) -> None:
     found = compared(measured(tmp_path / "base", answering(2)), measured(tmp_path / "tuned", answering(6)))
-    found.save(tmp_path)
+    save_comparisons([found], tmp_path)
     assert load_comparison(tmp_path) == found
+    assert "pairs" not in (tmp_path / "comparison.json").read_text()
     assert load_comparison(tmp_path / "base") is None
     plain = json.loads(json.dumps(found.by_metric("questions")))
     assert set(plain["exact_match"]) == {"difference", "low", "high", "p_value", "mcnemar_p", "n", "standard_error"}

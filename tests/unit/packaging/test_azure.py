@@ -86,7 +86,8 @@ def test_the_batch_driver_gives_one_row_for_each_row(
     pd.DataFrame({"text": ["NA"]}).to_json(tmp_path / "b.jsonl", orient="records", lines=True)
     pd.DataFrame({"text": ["Good"]}).to_parquet(tmp_path / "c.parquet")
     found = driver.run([str(tmp_path / name) for name in ("a.csv", "b.jsonl", "c.parquet")])
-    assert list(found) == ["file", "row", "label", "probability"]
+    assert list(found) == ["file", "row", "label", "probability", "error"]
+    assert set(found["error"]) == {""}
     assert found["file"].tolist() == ["a.csv"] * 70 + ["b.jsonl", "c.parquet"]
     assert found["row"].tolist() == [*range(70), 0, 0]
     wanted = [label for label, _ in Runtime.load(mean_folder).classify([*texts, "NA", "Good"])]
@@ -94,6 +95,47 @@ def test_the_batch_driver_gives_one_row_for_each_row(
     (tmp_path / "d.txt").write_text("x")
     with pytest.raises(ValueError, match=r"d\.txt"):
         driver.run([str(tmp_path / "d.txt")])
+
+
+def test_a_file_that_cannot_be_read_or_answered_does_not_end_the_others(
+    head_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = packaged(head_folder, tmp_path / "package", task="text-classification", example_input={"text": "Hello!"})
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(out))
+    driver = _script(out, "batch_driver")
+    texts = {
+        "d.txt": "x",
+        "half.jsonl": '{"text": "a"}\n{"te',
+        "other.jsonl": '{"body": "a"}\n',
+        "good.csv": "text\nHi\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    files = [str(tmp_path / name) for name in ("d.txt", "good.csv", "half.jsonl", "gone.csv", "other.jsonl")]
+    found = driver.run(files)
+    assert list(found) == ["file", "row", "label", "probability", "error"]  # in the order of every other mini batch
+    assert list(zip(found["file"], found["row"], strict=True)) == [
+        ("d.txt", -1),
+        ("good.csv", 0),
+        ("half.jsonl", -1),
+        ("gone.csv", -1),
+        ("other.jsonl", -1),
+    ]
+    assert [bool(error) for error in found["error"]] == [True, False, True, True, True]
+    assert "this driver reads .csv" in found["error"][0] and "text" in found["error"][4]
+    assert found["label"][1] == Runtime.load(head_folder).classify(["Hi"])[0][0]
+    with pytest.raises(ValueError, match=r"d\.txt: .*; half\.jsonl: "):
+        driver.run([files[0], files[2]])
+
+
+@pytest.mark.parametrize("place", ["mount", "mount/name", "mount/name/2"])
+def test_the_package_is_found_where_azure_mounts_it(
+    head_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    out = packaged(head_folder, tmp_path / place, task="text-classification", example_input={"text": "Hello!"})
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(tmp_path / "mount"))
+    assert _script(out, "score").package_folder() == out
+    assert _script(out, "batch_driver").model is not None
 
 
 def test_conda_holds_what_azure_s_server_is_started_by(text_folder: Path, tmp_path: Path) -> None:

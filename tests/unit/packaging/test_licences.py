@@ -48,6 +48,7 @@ def test_a_licence_is_known_by_both_spellings(written: str, known: str) -> None:
         ("Attribution-NonCommercial 4.0 International", "cc-by-nc-4.0"),
         ("GNU GENERAL PUBLIC LICENSE\n   Version 3, 29 June 2007", "gpl-3.0"),
         ("All rights reserved.", None),
+        ("We permit licensees to read this.", None),
     ],
 )
 def test_a_text_is_recognised_by_what_it_calls_itself(text: str, known: str | None) -> None:
@@ -127,6 +128,13 @@ def test_a_part_is_read_off_its_card_or_its_text(tmp_path: Path) -> None:
     assert [path.name for path in part.files] == ["LICENSE.txt", "NOTICE"]
     assert part_of("data", "x", tmp_path, "mit").licence == "mit"
     assert part_of("data", "x", None).licence is None
+
+
+@pytest.mark.parametrize("name", ["NOTICE", "USE_POLICY.md"])
+def test_what_a_notice_names_is_not_the_licence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("It holds code of others under the MIT License")
+    part = part_of("base", "x", tmp_path)
+    assert (part.licence, [path.name for path in part.files]) == (None, [name])
 
 
 def test_texts_and_notices_travel(tmp_path: Path, text_folder: Path) -> None:

@@ -8,9 +8,10 @@ import pytest
 import yaml
 from every_task import packaged
 
+from ingot.model import adapted
 from ingot.packaging.bundle import Origin, add_file, check_manifest
 from ingot.packaging.environment import pins, verified_with, write_environment
-from ingot.packaging.lineage import digest_of, hashes, lineage_id, public, public_name, public_recipe, weights_digest
+from ingot.packaging.lineage import hashes, lineage_id, public, public_name, public_recipe, weights_digest
 
 
 def test_the_identity_is_of_the_content() -> None:
@@ -28,7 +29,8 @@ def test_weights_have_one_digest_whatever_their_files_are_called(tmp_path: Path)
         (tmp_path / folder / "config.json").write_text(folder)
     ours, theirs = hashes(tmp_path / "a"), hashes(tmp_path / "b")
     assert weights_digest(ours) == weights_digest(theirs)
-    assert digest_of(ours) != digest_of(theirs)
+    assert adapted.digest_of(ours.values()) != adapted.digest_of(theirs.values())
+    assert adapted.weights_digest(tmp_path / "a") == weights_digest(ours)  # what a package compares with
     (tmp_path / "b/first.safetensors").write_bytes(b"3")
     assert weights_digest(hashes(tmp_path / "b")) != weights_digest(ours)
 
@@ -64,6 +66,15 @@ def test_pins_are_of_what_trained_it() -> None:
     assert "torch==2.9.1" in found
     assert "transformers==5.1.0" in found
     assert found[-1].startswith("peft==")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_package_says_where_its_answer_was_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
+    write_environment(tmp_path, {})
+    assert verified_with(tmp_path)["device"] == device
 
 
 def test_a_package_says_which_versions_it_was_not_verified_with(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ingot.errors import PackageError
 from ingot.model.runtime import Runtime
 from ingot.packaging import bundle, verify
 from ingot.packaging.clean_process import Hiding, closure
-from ingot.packaging.verify import verify_package
+from ingot.packaging.verify import Near, verify_package
 
 EXAMPLES = [{"input_string": "Hello!"}, {"input_string": "What is"}]
 
@@ -37,8 +37,9 @@ def _with_line(package: Path, line: str) -> None:
 
 def test_a_good_package_passes_and_stays_as_it_was(package: Path) -> None:
     wanted = _expected(package)
-    done = verify_package(package, EXAMPLES, wanted)
+    done = verify_package(package, EXAMPLES, wanted, example=EXAMPLES[1])
     assert done.answers == wanted
+    assert done.answer == Runtime.load(package / "model").answer(EXAMPLES[1:])[0]
     assert done.examples == 2
     assert done.hidden_modules > 2
     assert done.seconds > 0
@@ -53,6 +54,52 @@ def test_another_answer_is_shown_where_it_differs(package: Path) -> None:
     other = {"output_string": text[:2] + "\N{SNOWMAN}" + text[3:]}
     with pytest.raises(PackageError, match=r"example 1 .*at output_string: from character 2 on"):
         verify_package(package, EXAMPLES, [first, other])
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def _answered(monkeypatch: pytest.MonkeyPatch, **response: Any) -> None:
+    """Let the clean process have given this."""
+    given = {"rows": [{}], "hidden": [], "answer": None} | response
+    monkeypatch.setattr(verify, "_run", lambda *_: given)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "got", "passes"),
+    [
+        ([-INF, 1.0, 2.0], [-INF, 1.0, 2.0], True),  # a token that must never come
+        ([1.0, 2.0], [1.0, 2.1], True),
+        ([1.0, 2.0], [1.0, 2.5], False),
+        ([1.0, 2.0], [1.0, NAN], False),  # behind a number, where max() passes over it
+        ([1.0, NAN], [1.0, NAN], False),
+        ([1.0, 2.0], [1.0, INF], False),
+        ([1.0, INF], [1.0, 2.0], False),
+        ([1.0, INF], [9.0, INF], False),  # a size of infinity would hide any difference
+    ],
+)
+def test_logits_that_are_no_numbers_do_not_pass(
+    package: Path, monkeypatch: pytest.MonkeyPatch, wanted: list[float], got: list[float], passes: bool
+) -> None:
+    _answered(monkeypatch, logits=[[0.5] * len(got), got], rows=[{}, {}])
+    near = Near([[0.5] * len(wanted), wanted], 0.1)
+    if passes:
+        assert (verify_package(package, EXAMPLES, [{}, {}], near=near).difference or 0.0) <= 0.1
+        return
+    with pytest.raises(PackageError, match="logits are"):
+        verify_package(package, EXAMPLES, [{}, {}], near=near)
+
+
+@pytest.mark.parametrize(("wanted", "got", "passes"), [(0.5, NAN, False), (NAN, NAN, False), (INF, INF, True)])
+def test_scores_that_are_no_numbers_do_not_pass(
+    package: Path, monkeypatch: pytest.MonkeyPatch, wanted: float, got: float, passes: bool
+) -> None:
+    _answered(monkeypatch, rows=[{"score": got}])
+    if passes:
+        assert verify_package(package, EXAMPLES[:1], [{"score": wanted}]).examples == 1
+        return
+    with pytest.raises(PackageError, match=r"at score: expected .*, got nan"):
+        verify_package(package, EXAMPLES[:1], [{"score": wanted}])
 
 
 @pytest.mark.parametrize("module", ["ingot", "peft"])

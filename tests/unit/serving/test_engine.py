@@ -505,3 +505,53 @@ def test_no_answer_is_longer_than_the_server_writes(
             ask(max_tokens="many")
     finally:
         engine.close()
+
+
+@pytest.fixture
+def grouping(mean_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Two passes side by side where rows differ by more than 8 tokens."""
+    monkeypatch.setattr("ingot.serving.static.torch.get_num_threads", lambda: 2)
+    monkeypatch.setattr("ingot.serving.static.pass_tokens", lambda _device: 8)
+    runtime = Runtime.load(mean_folder)
+    engine = start_engine(Runtime(runtime.model, runtime.tokenizer, runtime.about | {"max_tokens": 100}))
+    assert engine.wait_ready(60)
+    yield engine
+    engine.close()
+
+
+def test_groups_of_rows_run_side_by_side(grouping: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": text} for text in ("short", "word " * 20, "brief", "word " * 200)]  # the last one is cut
+    answer, both = Runtime.answer, threading.Barrier(2, timeout=20)
+    wanted = [grouping.runtime.answer([row])[0] for row in rows]
+
+    def meeting(self: Runtime, rows: Any, params: Any = None) -> Any:
+        both.wait()
+        return answer(self, rows, params)
+
+    monkeypatch.setattr(Runtime, "answer", meeting)
+    asyncio.run(grouping.answer(rows[:2], {}))
+    monkeypatch.setattr(Runtime, "answer", answer)
+    for _ in range(5):
+        found = asyncio.run(grouping.answer(rows, {}))
+        assert [row["label"] for row in found] == [row["label"] for row in wanted]
+        assert [row["probability"] for row in found] == pytest.approx([row["probability"] for row in wanted])
+
+
+def test_a_group_that_is_done_does_not_wait_for_the_others(grouping: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, answer = threading.Event(), Runtime.answer
+
+    def slow(self: Runtime, rows: Any, params: Any = None) -> Any:
+        assert rows[0]["text"] != "short" or released.wait(20)
+        return answer(self, rows, params)
+
+    async def scene() -> None:
+        hold = asyncio.ensure_future(grouping.run(lambda _: time.sleep(0.5)))  # so that both wait for the same turn
+        short = asyncio.ensure_future(grouping.answer([{"text": "short"}], {}))
+        await grouping.answer([{"text": "word " * 20}], {})
+        assert not short.done()
+        released.set()
+        assert (await short)[0]["label"]
+        await hold
+
+    monkeypatch.setattr(Runtime, "answer", slow)
+    asyncio.run(asyncio.wait_for(scene(), 30))

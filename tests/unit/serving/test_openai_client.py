@@ -189,10 +189,15 @@ def test_forced_calls(client: openai.OpenAI, name: str, choice: Any) -> None:
     [call] = told.message.tool_calls or []
     assert call.type == "function" and call.function.name == "book"
     assert json.loads(call.function.arguments)["table"] in ("small", "big")
-    deltas = [c.delta for chunk in client.chat.completions.create(**asked, stream=True) for c in chunk.choices]
-    [streamed] = [one for delta in deltas for one in delta.tool_calls or []]
-    assert streamed.function is not None and streamed.function.arguments == call.function.arguments
-    assert not any(delta.content for delta in deltas)
+    choices = [one for chunk in client.chat.completions.create(**asked, stream=True) for one in chunk.choices]
+    [first, *pieces] = [one for choice in choices for one in choice.delta.tool_calls or []]
+    assert first.function is not None and (first.function.name, first.function.arguments) == ("book", "")
+    assert len(pieces) > 1 and not any(one.id or one.index for one in pieces)  # as they were written
+    assert "".join(it.function.arguments or "" for it in pieces if it.function) == call.function.arguments
+    assert not any(choice.delta.content for choice in choices) and choices[-1].finish_reason == "tool_calls"
+    with client.chat.completions.stream(**asked) as stream:  # the client puts them together itself
+        [put] = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert put.function.arguments == call.function.arguments
     # The call and what came of it go back to the model.
     turns = [
         *TALK,

@@ -167,7 +167,53 @@ def test_answers_are_read_as_calls(text: str, said: str, calls: int) -> None:
     assert len({call["id"] for call in called}) == calls
     for step in (1, 3, 100):  # and so are they piece by piece, with nothing of a call among the text
         unfolding = Unfolding(NAMES)
-        pieces = [unfolding.feed(text[place : place + step]) for place in range(0, len(text), step)]
-        rest, late = unfolding.end()
-        assert "".join(pieces) + rest == said
-        assert len(late) == calls
+        fed = [unfolding.feed(text[place : place + step]) for place in range(0, len(text), step)]
+        rest, late, whole = unfolding.end()
+        assert "".join(said for said, _ in fed) + rest == said
+        assert whole is bool(calls)
+        joined = _joined([delta for _, deltas in fed for delta in deltas] + late)
+        assert [(one["name"], json.loads(one["arguments"])) for one in joined] == [
+            (one["function"]["name"], json.loads(one["function"]["arguments"])) for one in called
+        ]
+
+
+def _joined(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a client makes of deltas: the first of a call has its id, its name and no arguments."""
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        if delta["index"] == len(calls):
+            assert delta["id"] and delta["type"] == "function" and delta["function"]["arguments"] == ""
+            calls.append(dict(delta["function"]))
+        else:
+            assert delta["index"] == len(calls) - 1 and delta.keys() == {"index", "function"}
+            calls[-1]["arguments"] += delta["function"]["arguments"]
+    return calls
+
+
+def test_arguments_are_told_as_they_come() -> None:
+    unfolding = Unfolding(NAMES)
+    assert unfolding.feed('Yes. <tool_call>{"name": "book", "arguments": ') == ("Yes.", [])
+    _, [first, begun] = unfolding.feed('{"a": {"b": "}')
+    assert first["function"] == {"name": "book", "arguments": ""}
+    assert begun == {"index": 0, "function": {"arguments": '{"a": {"b": "}'}}
+    _, [ended] = unfolding.feed('\\"}"}}, "more": 1}</tool_call> <tool_call>{"arguments": {}, "name": "leave"')
+    assert ended["function"]["arguments"] == '\\"}"}}'
+    assert unfolding.feed("}</tool_call>") == ("", [])  # its name came last
+    rest, late, whole = unfolding.end()
+    assert (rest, whole, _joined([first, begun, ended, *late])[1]) == ("", True, {"name": "leave", "arguments": "{}"})
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "rest"),
+    [
+        ('<tool_call>{"name": "book", "arguments": {"table": "b', ['{"table": "b'], ""),
+        (f"<tool_call>{ONE}</tool_call><tool_call>{{broken", ['{"table": "big"}'], "{broken"),
+        (f'[{ONE}, {{"name": "rob"}}]', ['{"table": "big"}'], ' {"name": "rob"}]'),
+    ],
+)
+def test_a_call_that_breaks_off_is_not_called_whole(text: str, arguments: list[str], rest: str) -> None:
+    for step in (1, 100):
+        unfolding = Unfolding(NAMES)
+        deltas = [d for place in range(0, len(text), step) for d in unfolding.feed(text[place : place + step])[1]]
+        assert unfolding.end() == (rest, [], False)
+        assert [one["arguments"] for one in _joined(deltas)] == arguments

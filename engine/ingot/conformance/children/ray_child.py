@@ -38,7 +38,7 @@ def main(request_file: str, response_file: str) -> None:
         records = []
         for row in request["rows"]:
             sent = urllib.request.Request(f"http://127.0.0.1:{request['port']}/answer", json.dumps([row]).encode())
-            with opener.open(sent, timeout=120) as response:
+            with opener.open(sent, timeout=request["timeout_s"]) as response:
                 records += json.load(response)
     finally:
         serve.shutdown()

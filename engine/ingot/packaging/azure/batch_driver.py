@@ -1,7 +1,8 @@
 """Driver for Azure ML's batch endpoints: `init` loads the package, `run` answers the rows of some files.
 
-Each row of a file gives one row of the output: `file`, `row` (from 0) and the model's output columns, so that what
-Azure appends to `predictions.csv` can be joined to what was sent. Files: .csv, .parquet, .jsonl and .json.
+Each row of a file gives one row of the output: `file`, `row` (from 0), the model's output columns and `error`, so that
+what Azure appends to `predictions.csv`, which has no header, can be joined to what was sent. Files: .csv, .parquet,
+.jsonl and .json.
 """
 
 import json
@@ -29,23 +30,30 @@ def init() -> None:
 def run(mini_batch: list[str]) -> pd.DataFrame:
     """One output row for each row of the files of `mini_batch`, in their order.
 
-    A file that cannot be read or answered raises, with its name: Azure counts it against `error_threshold`.
+    A file that cannot be read or answered has one row instead, -1, with what is wrong as its `error`; the others are
+    answered all the same. Where no file can be, that raises: Azure counts the mini batch against `error_threshold`.
     """
-    return pd.concat([_of_file(Path(path)) for path in mini_batch], ignore_index=True)
+    found, errors = [], []
+    for path in map(Path, mini_batch):
+        try:
+            found += _of_file(path)
+        except Exception as error:  # of any kind: of the disk, of a file's form, of the model
+            errors.append(f"{path.name}: {error}")
+            found.append({"file": path.name, "row": -1, "error": str(error)})
+    if errors and len(errors) == len(mini_batch):
+        raise ValueError("; ".join(errors))
+    outputs = model.metadata.get_output_schema().input_names()
+    return pd.DataFrame(found, columns=["file", "row", *outputs, "error"])
 
 
-def _of_file(path: Path) -> pd.DataFrame:
+def _of_file(path: Path) -> list[dict[str, Any]]:
     rows = read_rows(path)
-    try:
-        parts = [model.predict(rows[at : at + ROWS_AT_ONCE]) for at in range(0, len(rows), ROWS_AT_ONCE)]
-    except Exception as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    answers = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    answers: list[dict[str, Any]] = []
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        answers += model.predict(rows[at : at + ROWS_AT_ONCE]).to_dict("records")
     if len(answers) != len(rows):
-        raise ValueError(f"{path.name}: {len(rows)} rows were given {len(answers)} answers")
-    answers.insert(0, "row", range(len(rows)))
-    answers.insert(0, "file", path.name)
-    return answers
+        raise ValueError(f"{len(rows)} rows were given {len(answers)} answers")
+    return [{"file": path.name, "row": number, **answer, "error": ""} for number, answer in enumerate(answers)]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -59,6 +67,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         frame = pd.DataFrame(json.loads(text) if kind == ".json" else [json.loads(it) for it in text.split("\n") if it])
     else:
-        raise ValueError(f"{path.name}: {kind or 'no ending'}; this driver reads .csv, .parquet, .jsonl and .json")
+        raise ValueError(f"{kind or 'no ending'}; this driver reads .csv, .parquet, .jsonl and .json")
     known = [name for name in model.metadata.get_input_schema().input_names() if name in frame]
     return frame[known].to_dict("records") if known else frame.to_dict("records")

@@ -1,0 +1,152 @@
+"""Adapters of tasks that train a head: their packages carry it, and say so where something else is missing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from every_task import CASES, CONTEXT, FOX, folder_of
+
+from ingot.errors import ModelError, RecipeError
+from ingot.model.adapters import attach_adapter, merge, save_adapter
+from ingot.model.export import export_model
+from ingot.model.kinds import logits_of
+from ingot.model.load import load_model, load_tokenizer
+from ingot.model.probing import probe
+from ingot.model.runtime import Runtime
+from ingot.packages import write_package
+from ingot.packaging.portability import refusals
+from ingot.preparation import QUIET
+from ingot.recipe_io import parse_recipe
+from ingot.runfolder import Run, create_run
+from ingot.subjects import open_target
+
+NO_POLICY = {"status": "no policy", "sentence": ""}
+_ASKED = [{"role": "user", "content": "Hello!"}]
+# Task -> rows of a file, with as many classes as the case has.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "text-classification": [{"text": text, "label": label} for text, label in
+                            zip((FOX, "Paris", "Hello!"), ("bad", "fair", "good"), strict=True)],
+    "multi-label-classification": [{"text": FOX, "labels": ["late", "broken"]}, {"text": "Paris", "labels": ["good"]}],
+    "token-classification": [{"tokens": ["Paris", "and  Rome", "help"], "tags": ["B-city", "I-city", "O"]},
+                             {"tokens": ["Maria"], "tags": ["B-person"]}],
+    "question-answering": [{"question": "What?", "context": CONTEXT,
+                            "answers": {"text": ["quick"], "answer_start": [4]}}],
+    "fill-mask": [{"text": FOX}],
+    "reward": [{"chosen": [*_ASKED, {"role": "assistant", "content": "How can I help you?"}],
+                "rejected": [*_ASKED, {"role": "assistant", "content": "goodbye"}]}],
+}  # fmt: skip
+HEADS = tuple(ROWS)
+# Task -> the case whose model lies under it, which has another head, or none.
+BASES = {
+    "chat-completion": "chat-completion",
+    "summarization": "summarization",
+    "text-classification": "fill-mask",
+    "multi-label-classification": "fill-mask",
+    "token-classification": "question-answering",
+    "question-answering": "token-classification",
+    "fill-mask": "fill-mask",
+    "reward": "text-generation",
+}
+
+
+@pytest.fixture
+def tuned(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Callable[..., Run]:
+    """tuned(task, **model) -> a run over the base of `task` whose adapter and head are drawn."""
+
+    def make(task: str, **model_section: Any) -> Run:
+        base = folder_of(BASES[task], make_tokenizer(mask_token="<|im_start|>"), tmp_path / "base")
+        (base / "ingot.json").unlink()
+        rows = ROWS.get(task, [{}])
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = parse_recipe({
+            "name": "tiny",
+            "output": str(tmp_path / "runs"),
+            "model": {"source": "base", "dtype": "float32", **model_section},
+            "data": {"train": "rows.jsonl", "test": "rows.jsonl", "validation_share": 0, "max_tokens": 24},
+            "objective": {"task": task},
+            "adapter": {"rank": 8},
+            "package": {"verify": False, "forms": ["merged", "adapter"]},
+        })  # fmt: skip
+        case, run = CASES[task], create_run(recipe, tmp_path)
+        labels = tuple(case.about.get("labels", ()))
+        model: Any = attach_adapter(load_model(recipe.model, tmp_path, recipe.objective.task, labels),
+                                    recipe.adapter, recipe.objective.task, 0)  # fmt: skip
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.3)
+        save_adapter(model, run.adapter, recipe.model.source)
+        about = {"task": task, "max_tokens": 24, "max_new_tokens": 6, "example": case.rows[0], **case.about}
+        export_model(merge(model, [])[0], load_tokenizer(recipe.model, tmp_path), run.model, torch.float32, about)
+        return run
+
+    return make
+
+
+def _same(found: Any, wanted: Any) -> None:
+    if isinstance(wanted, list | dict):
+        for key in wanted if isinstance(wanted, dict) else range(len(wanted)):
+            _same(found[key], wanted[key])
+    else:
+        assert found == (pytest.approx(wanted, rel=1e-4, abs=1e-5) if isinstance(wanted, float) else wanted)
+
+
+@pytest.mark.parametrize("task", BASES)
+def test_an_adapter_s_package_answers_as_the_merged_model(
+    task: str, tuned: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rows = tuned(task), CASES[task].rows
+    write_package(run, NO_POLICY, "", QUIET)
+    monkeypatch.setenv("INGOT_BASE_MODEL", str(tmp_path / "base"))
+    import mlflow.pyfunc  # after packaging, which silences what this import warns of
+
+    wanted = Runtime.load(run.model).answer(rows)
+    package = run.form("adapter")
+    _same(Runtime.load(package / "model").answer(rows), wanted)
+    columns = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+    _same(mlflow.pyfunc.load_model(str(package)).predict(columns).to_dict("records"), wanted)
+    assert not list((package / "model").glob("model*.safetensors"))
+    for found, expected in zip(*(probe(Runtime.load(it), rows) for it in (package / "model", run.model)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    config = json.loads((package / "model" / "adapter_config.json").read_text())
+    assert any("trained as a whole" in it.why for it in refusals(config)) is (task in HEADS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", HEADS)
+def test_it_is_proved_in_a_clean_process(task: str, tuned: Callable[..., Run]) -> None:
+    run = tuned(task)
+    proved = run.recipe.model_copy(update={"package": run.recipe.package.model_copy(update={"verify": True})})
+    write_package(Run(run.folder, proved, run.home), NO_POLICY, "", QUIET, ["adapter"])
+    found = run.record()["stages"]["package"]["forms"]["adapter"]
+    assert 0 <= found["difference"] <= found["tolerance"] == 1e-3
+
+
+@pytest.mark.parametrize("task", ["token-classification", "question-answering", "reward"])
+def test_evaluation_measures_what_the_package_answers(task: Any, tuned: Callable[..., Run], tmp_path: Path) -> None:
+    run = tuned(task)
+    (tmp_path / "base/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    write_package(run, NO_POLICY, "", QUIET, ["adapter"])
+    target = open_target(str(run.form("adapter")), base=str(tmp_path / "base"))
+    whole = Runtime.load(run.model, "cpu")
+    assert target.labels() == tuple(whole.about.get("labels", ()))
+    loaded = target.load(task, target.labels(), torch.device("cpu"), 64)
+    assert loaded.tokenizer.pad_token == whole.tokenizer.pad_token == "<pad>"
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        outputs = [logits_of(it(ids, torch.ones_like(ids))) for it in (loaded.model, whole.model)]
+    assert torch.allclose(*outputs, atol=1e-4)
+    with pytest.raises(ModelError, match=f"was trained for {task}"):
+        target.load("summarization", (), torch.device("cpu"), 64)
+
+
+def test_weights_that_an_adapter_does_not_hold_are_named_before_anything_is_written(tuned: Callable[..., Run]) -> None:
+    run = tuned("text-classification", pooling="head")  # whose pooler the base lacks
+    with pytest.raises(RecipeError, match=r"package\.forms.*adapter.*pooler.*use merged"):
+        write_package(run, NO_POLICY, "", QUIET)
+    assert not run.package.exists()
+    assert not list(run.folder.glob(".form-*"))
+    assert write_package(run, NO_POLICY, "", QUIET, ["merged"]) == run.package
