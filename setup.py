@@ -30,6 +30,7 @@ INSTALL = [
     "transformers>=5.0,<6",
     "typer>=0.15",
     "uvicorn>=0.30",
+    "uvloop>=0.20; platform_system != 'Windows'",  # uvicorn takes it by itself: 0.2 ms of 0.8 a request
 ]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # parallel.strategy zero1, zero2, zero3

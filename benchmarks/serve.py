@@ -52,7 +52,7 @@ class Load(NamedTuple):
 BOTH, ALL = ("ingot", "mlflow"), ("ingot", "mlflow", "transformers")
 LOADS = {
     "causal_16": Load("causal", writing, 16, 96, ALL, {"mlflow": 4.0, "transformers": 1.0}),
-    "causal_64": Load("causal", writing, 64, 192, ALL, {"mlflow": 4.0, "transformers": 1.0}),
+    "causal_64": Load("causal", writing, 64, 128, ALL, {"mlflow": 4.0, "transformers": 1.0}),
     "questions_16": Load("encoder", asking, 16, 960, BOTH, {"mlflow": 5.0}),
     "questions_64": Load("encoder", asking, 64, 1920, BOTH, {"mlflow": 5.0}),
     "texts_64": Load("encoder", classifying, 64, 1280, BOTH, {"mlflow": 5.0}),
