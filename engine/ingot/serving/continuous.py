@@ -9,6 +9,7 @@ import torch
 
 from ingot.model.generate_cache import plain, token_bytes
 from ingot.model.kinds import pad_id
+from ingot.model.packed import pack
 from ingot.model.running import Batch, accepted, alike, begin, joined, pass_tokens, step, unfinished
 from ingot.model.runtime import Runtime
 from ingot.model.sampling import Row, choose
@@ -27,6 +28,7 @@ class ContinuousEngine(WritingWorker):
 
     def __init__(self, runtime: Runtime, limits: Limits | None = None, meter: Meter | None = None) -> None:
         model: Any = runtime.model
+        pack(model)
         self._known = accepted(model)
         self._joining = "position_ids" in self._known and plain(model.config)
         self._pad = pad_id(runtime.tokenizer)
