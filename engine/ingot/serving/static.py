@@ -2,8 +2,9 @@
 
 import copy
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -44,14 +45,40 @@ class Asking(Ticket):
         self.params = {name: value for name, value in params.items() if value is not None}
         self.found: dict[int, dict[str, Any]] = {}
 
+    def take(self, place: int, size: int) -> None:
+        """The row at `place` begins."""
+        self.todo.remove((place, size))
+        self.begun, self.tokens = True, self.tokens - size
+        self.record.prompt_tokens += size
+
     @property
     def answered(self) -> bool:
         """Whether every row has its answer."""
         return len(self.found) == len(self.rows)
 
 
+@dataclass
+class Group:
+    """Rows of similar length that run together: `asked` has the request and the place of each."""
+
+    asked: list[tuple[Asking, int]]
+    params: dict[str, Any]
+    sizes: list[int]
+    began: float = 0.0
+
+    @property
+    def tickets(self) -> list[Asking]:
+        """The requests that have a row in it."""
+        return list(dict.fromkeys(ticket for ticket, _ in self.asked))
+
+    def of(self, ticket: Asking) -> "Group":
+        """The part of one request."""
+        mine = [place for place, (one, _) in enumerate(self.asked) if one is ticket]
+        return Group([self.asked[place] for place in mine], self.params, [self.sizes[place] for place in mine])
+
+
 class Passes:
-    """Groups of rows through one model: on a CPU side by side, each with its share of the threads.
+    """Passes through one model: on a CPU `beside` each other, each with its share of the threads.
 
     Threads of one pass wait for each other at every layer, and longest where other programs use the cores, too. 64
     questions to a BERT of 6 layers in 4 groups on 2 busy cores: 19 ms a row one after the other with two threads, 6 ms
@@ -60,37 +87,19 @@ class Passes:
 
     def __init__(self, runtime: Runtime) -> None:
         model: Any = runtime.model
-        device = next(model.parameters()).device
-        self._runtime, self._spare = runtime, pass_tokens(device)
-        alone = device.type != "cpu" or runtime.task in SEVERAL_PASSES
-        self._threads = 1 if alone else torch.get_num_threads()
-        self._beside = min(self._threads, BESIDE)
+        alone = next(model.parameters()).device.type != "cpu" or runtime.task in SEVERAL_PASSES
+        self._threads = torch.get_num_threads()
+        self.beside = 1 if alone else min(self._threads, BESIDE)
         self._free: SimpleQueue[Runtime] = SimpleQueue()
-        for _ in range(self._beside):  # a tokenizer refuses a second thread while it is set to cut texts
+        for _ in range(self.beside):  # a tokenizer refuses a second thread while it is set to cut texts
             self._free.put(Runtime(model, copy.deepcopy(runtime.tokenizer), runtime.about))
         # A thread that has not asked for their number takes that of the process again at its first operation.
-        self._pool = ThreadPoolExecutor(self._beside, "ingot-pass", torch.get_num_threads)
+        self._pool = ThreadPoolExecutor(self.beside, "ingot-pass", torch.get_num_threads)
 
-    def answers(
-        self, rows: Sequence[dict[str, Any]], sizes: Sequence[int], params: dict[str, Any]
-    ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-        """(places of rows, their answers) of each group, as they come. `sizes`: about how many tokens the rows have."""
-        groups = alike(sizes, self._spare)
-        if len(groups) == 1 or self._beside == 1:
-            for group in groups:
-                yield group, self._runtime.answer([rows[place] for place in group], params)
-            return
-        threads = self._threads // min(len(groups), self._beside)
-        jobs = {
-            self._pool.submit(self._answer, [rows[place] for place in group], params, threads): group
-            for group in groups
-        }
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        finally:
-            for job in jobs:
-                job.cancel()
+    def begin(self, group: Group, *, alone: bool) -> Future[list[dict[str, Any]]]:
+        """Answer the rows of `group`. `alone`: with all threads."""
+        rows = [ticket.rows[place] for ticket, place in group.asked]
+        return self._pool.submit(self._answer, rows, group.params, self._threads // (1 if alone else self.beside))
 
     def _answer(self, rows: list[dict[str, Any]], params: dict[str, Any], threads: int) -> list[dict[str, Any]]:
         torch.set_num_threads(threads)  # of this thread
@@ -106,17 +115,22 @@ class Passes:
 
 
 class StaticEngine(Worker):
-    """See `Engine`. Each turn answers up to `batch_tokens` of rows that ask for the same."""
+    """See `Engine`. A pass begins as soon as there is room: up to `batch_tokens` of rows that ask for the same."""
 
     def __init__(self, runtime: Runtime, limits: Limits | None = None, meter: Meter | None = None) -> None:
-        self._running, self._company = 0, False
-        self._passes = Passes(runtime)
+        self._company = False
+        self._running: dict[Future[list[dict[str, Any]]], Group] = {}
+        self._finished: list[Future[list[dict[str, Any]]]] = []
+        self._again: deque[Group] = deque()  # parts of a group that failed
+        self._passes, self._spare = Passes(runtime), pass_tokens(next(runtime.model.parameters()).device)
         super().__init__(runtime, limits, meter)
 
     async def answer(
         self, rows: Sequence[dict[str, Any]], params: dict[str, Any], *, deadline: float | None = None
     ) -> list[dict[str, Any]]:
         """As `Runtime.answer`, together with others' rows."""
+        if not rows:
+            return await self.prepare(lambda runtime: runtime.answer([], params))
         with self._admitted(Asking(rows, self._bounded(params), deadline)) as ticket:
             answers: list[dict[str, Any]] = await ticket.next()
             return answers
@@ -153,7 +167,13 @@ class StaticEngine(Worker):
     def load(self) -> Load:
         """What there is to do."""
         with self._changed:
-            return Load(len(self._waiting), self._running, 0, sum(one.tokens for one in self._waiting), 0)
+            return Load(
+                len(self._waiting),
+                sum(len(group.asked) for group in list(self._running.values())),
+                0,
+                sum(one.tokens for one in self._waiting),
+                0,
+            )
 
     # --- on the thread -----------------------------------------------------------------------------------------------
 
@@ -167,102 +187,113 @@ class StaticEngine(Worker):
         with self._changed:
             if not self._waiting:
                 self._changed.wait(0.1)
-            if not self._waiting:
-                return
-            # Nobody gains by waiting for company that was not there the last time.
-            if self._company and not self._full() and not self._closing.is_set():
-                until = now() + self.limits.gather_s
-                while (left := until - now()) > 0 and not self._full():
-                    self._changed.wait(left)
             first = self._waiting[0] if self._waiting else None
             if isinstance(first, Job):
                 self._waiting.popleft()
-            parts = [] if first is None or isinstance(first, Job) else self._parts()
         if isinstance(first, Job):
             self._perform(first)
-        elif parts:
-            self._company = len(parts) > 1 or bool(self._waiting)
-            self._answer(parts)
+        elif first is not None or self._running:
+            self._answer()
 
-    def _full(self) -> bool:
-        return sum(one.tokens for one in self._waiting) >= self.limits.batch_tokens
-
-    def _parts(self) -> list[tuple[Asking, list[int]]]:
-        """The requests whose turn it is, each with places of its rows: what the first one asks for, in order."""
-        parts: list[tuple[Asking, list[int]]] = []
-        room = self.limits.batch_tokens
-        for ticket in list(self._waiting):
-            if ticket.left:
-                self._waiting.remove(ticket)
-                continue
-            if not isinstance(ticket, Asking):
-                continue
-            first = parts[0][0] if parts else ticket
-            if ticket.params != first.params:
-                continue
-            places: list[int] = []
-            while ticket.todo and (room >= ticket.todo[0][1] or not (parts or places)):
-                place, size = ticket.todo.popleft()
-                places.append(place)
-                room -= size
-                ticket.tokens -= size
-                ticket.record.prompt_tokens += size
-            if places or not ticket.todo:
-                ticket.begun = True
-                parts.append((ticket, places))
-            if not ticket.todo:
-                self._waiting.remove(ticket)
-            if room <= 0:
-                break
-        return parts
-
-    def _answer(self, parts: list[tuple[Asking, list[int]]]) -> None:
-        """Answer these rows together; where that fails, those of each request by themselves."""
-        asked = [(ticket, place) for ticket, places in parts for place in places]
-        rows = [ticket.rows[place] for ticket, place in asked]
-        sizes = [estimated_tokens(row) for row in rows]
-        self._running, began = len(rows), now()
-        try:
-            for group, answers in self._passes.answers(rows, sizes, parts[0][0].params):
-                for place, answer in zip(group, answers, strict=True):
-                    ticket, row = asked[place]
-                    ticket.found[row] = answer
-                self._hand_out(dict.fromkeys(asked[place][0] for place in group))
-        except Exception as error:
-            left = [(ticket, places) for ticket, places in parts if not ticket.answered]
-            if len(left) > 1:
-                for part in left:
-                    self._answer([part])
+    def _answer(self) -> None:
+        """Answer what waits and what comes meanwhile, until nothing runs; a job that wants the model ends this."""
+        while not self._aborting.is_set():
+            with self._changed:
+                while not self._finished and (left := self._patience()) > 0:
+                    self._changed.wait(left)
+                finished, self._finished = self._finished, []
+                group = None if finished else self._next()
+            for job in finished:
+                self._end_pass(job)
+            self._flush()
+            if group is not None:
+                self._begin(group)
+            elif not finished and not self._running:
                 return
-            self._ended(left[0][0], error)
+
+    def _patience(self) -> float:
+        """Seconds until a pass may begin or something else is to be done."""
+        first = self._waiting[0] if self._waiting else None
+        if not (self._again or isinstance(first, Asking)) or len(self._running) >= self._passes.beside:
+            return 0.1 if self._running else 0.0
+        # Nobody gains by waiting for company that was not there the last time.
+        if first is None or self._again or not self._company or self._closing.is_set():
+            return 0.0
+        full = sum(one.tokens for one in self._waiting) >= self.limits.batch_tokens
+        return 0.0 if full else first.entered + self.limits.gather_s - now()
+
+    def _next(self) -> Group | None:
+        """Rows that ask for the same as the oldest waiting one and are about as long; None: nothing may begin."""
+        if len(self._running) >= self._passes.beside:
+            return None
+        while self._again:
+            if not (group := self._again.popleft()).asked[0][0].left:
+                return group
+        self._waiting = deque(ticket for ticket in self._waiting if not ticket.left)
+        first = self._waiting[0] if self._waiting else None
+        if not isinstance(first, Asking):
+            return None
+        alike_ones = [one for one in self._waiting if isinstance(one, Asking) and one.params == first.params]
+        room, chosen = self.limits.batch_tokens, list[tuple[Asking, int, int]]()
+        for ticket, place, size in ((one, *row) for one in alike_ones for row in one.todo):
+            if chosen and size > room:
+                break
+            chosen.append((ticket, place, size))
+            room -= size
+        groups = alike([size for _, _, size in chosen], self._spare)
+        taken = [chosen[index] for index in next((group for group in groups if 0 in group), [])]
+        for ticket, place, size in taken:
+            ticket.take(place, size)
+        self._company = len(alike_ones) > 1 or bool(self._running)
+        self._waiting = deque(one for one in self._waiting if not isinstance(one, Asking) or one.todo)
+        return Group([(ticket, place) for ticket, place, _ in taken], first.params, [size for *_, size in taken])
+
+    def _begin(self, group: Group) -> None:
+        group.began = self._turned = now()
+        job = self._passes.begin(group, alone=not self._running and not self._waiting)
+        self._running[job] = group
+        job.add_done_callback(self._arrive)
+
+    def _arrive(self, job: Future[list[dict[str, Any]]]) -> None:
+        with self._changed:
+            self._finished.append(job)
+            self._changed.notify_all()
+
+    def _end_pass(self, job: Future[list[dict[str, Any]]]) -> None:
+        """Hand out what a pass found. Where it failed, the rows of each request run by themselves."""
+        beside, group, self._turned = len(self._running), self._running.pop(job), now()
+        if (error := job.exception()) is not None:
+            if len(group.tickets) > 1:
+                self._again.extend(group.of(ticket) for ticket in group.tickets)
+            elif not group.tickets[0].left:
+                self._ended(group.tickets[0], error)
             return
-        finally:
-            self._running = 0
         self._failures = 0
-        self._paced(sum(sizes), now() - began)
+        self._paced(sum(group.sizes), (self._turned - group.began) / beside)
+        for (ticket, place), answer in zip(group.asked, job.result(), strict=True):
+            ticket.found[place] = answer
+        self._hand_out(group.tickets)
 
     def _hand_out(self, tickets: Iterable[Asking]) -> None:
-        """Tell the answers of requests whose last row has been answered: their clients ask again while others' rows
-        are computed.
-        """
+        """Tell the answers of requests whose last row has been answered."""
         for ticket in tickets:
-            if ticket.answered:
+            if not ticket.left and ticket.answered:
                 self.meter.first(now() - ticket.entered)
                 ticket.record.first()
                 self._tell(ticket, [ticket.found[place] for place in range(len(ticket.rows))])
-        self._flush()
 
-    def _ended(self, ticket: Asking, error: Exception) -> None:
+    def _ended(self, ticket: Asking, error: BaseException) -> None:
         """`ticket` has failed: its other rows are not asked."""
         if not isinstance(error, InputError):
             self._failures += 1
         ticket.todo.clear()
         if ticket in self._waiting:
             self._waiting.remove(ticket)
+        ticket.left = True
         self._tell(ticket, error)
 
     def _busy(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._waiting or self._running)
 
     def close(self, timeout_s: float = 10.0, *, drain_s: float = 0.0) -> None:
         """As `Worker.close`."""

@@ -196,7 +196,7 @@ def test_a_defect_of_the_engine_fails_who_waits_and_is_got_over(
         waiting = [asyncio.create_task(ask()) for _ in range(2)]
         await asyncio.sleep(0.05)
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_entering" if writes else "_parts", lambda: {}["the secret"])
+            patch.setattr(engine, "_entering" if writes else "_next", lambda: {}["the secret"])
             go.set()
             found = await asyncio.gather(*waiting, return_exceptions=True)
         await first
