@@ -361,6 +361,7 @@ def test_llama_cpp_s_python_package_is_asked_where_its_program_is_not(
     asked = "x" if task == "text-generation" else [{"role": "user", "content": "x"}]
     case = writes(case, json.dumps([str(case.gguf), asked, {"temperature": 0.0, "max_tokens": 12}]))
     found = conform(replace(case, task=task), "llama-cpp")
+    sys.modules.pop("llama_cpp", None)  # imported here and not in a child: other tests would take it for installed
     assert (found.reason, found.forms) == ("", ("python (1 of 1 texts as the merged model's)",))
 
 
