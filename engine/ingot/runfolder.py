@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ingot.errors import IngotError
+from ingot.errors import FieldError, IngotError
 from ingot.launch import process
 from ingot.recipe import Recipe
 from ingot.recipe_io import dump_recipe, load_recipe, recipe_hash
@@ -154,10 +154,10 @@ def _new_folder(output: Path, recipe: Recipe) -> Path:
 
 
 def open_run(folder: Path) -> Run:
-    """Open a run's folder; a folder that is none is an IngotError that says what a run holds."""
-    folder = folder.resolve()
+    """Open a run's folder. Raises FieldError for one that is none, IngotError for one that is damaged."""
     if not (folder / "run.json").is_file():
-        raise IngotError(f"{folder} is no run: it has no run.json. `ingot runs` lists the runs")
+        raise FieldError("RUN", str(folder), "is no run: it has no run.json; `ingot runs` lists the runs")
+    folder = folder.resolve()
     try:
         home = Path(json.loads((folder / "run.json").read_text(encoding="utf-8"))["home"])
     except (ValueError, KeyError) as error:
@@ -168,7 +168,7 @@ def open_run(folder: Path) -> Run:
 def find_checkpoint(target: Path) -> tuple[Path, Run | None]:
     """A run's folder, or a checkpoint's -> the checkpoint, and the run that it belongs to if it is still in its folder.
 
-    Raises IngotError for anything else.
+    Raises FieldError for anything else, IngotError for a run without a checkpoint.
     """
     if (target / "run.json").is_file():
         run = open_run(target)
@@ -180,7 +180,8 @@ def find_checkpoint(target: Path) -> tuple[Path, Run | None]:
     if (target / "checkpoint.json").is_file():
         folder = target.resolve().parents[1]
         return target.resolve(), open_run(folder) if (folder / "run.json").is_file() else None
-    raise IngotError(f"{target} is neither a run nor a checkpoint: it has no run.json and no checkpoint.json")
+    fix = "is neither a run nor a checkpoint: it has no run.json and no checkpoint.json; `ingot runs` lists the runs"
+    raise FieldError("RUN_OR_CHECKPOINT", str(target), fix)
 
 
 def list_runs(output: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def test_a_runs_adapter_and_an_earlier_one(ingot, project):
 
 def test_neither_a_run_nor_a_checkpoint(ingot, project):
     done = ingot("consolidate", project.folder, "out")
-    assert done.code == 1
+    assert done.code == 2
     assert "is neither a run nor a checkpoint: it has no run.json and no checkpoint.json" in done.err
     assert "Traceback" not in done.err
     done = ingot("consolidate", "--help")

@@ -165,13 +165,18 @@ def test_output_that_is_a_file(ingot, project):
 
 
 def test_resume_of_no_run(ingot, project):
-    refused(ingot("run", project.recipe, "--resume", "runs/gone"), project, "runs/gone", "`ingot runs`", code=1)
+    refused(ingot("run", project.recipe, "--resume", "runs/gone"), project, "'runs/gone'", "`ingot runs`")
 
 
 def test_evaluate_and_package_of_a_folder_that_is_no_run(ingot, project, model_folder):
     for verb in ("evaluate", "package"):
         done = ingot(verb, model_folder)
-        refused(done, project, f"{model_folder} is no run: it has no run.json", "`ingot runs`", code=1)
+        refused(done, project, f"RUN = '{model_folder}': is no run: it has no run.json", "`ingot runs`")
+
+
+def test_a_place_that_is_not_there(ingot, project):
+    for words in (("package", "gone"), ("consolidate", "gone", "out"), ("compare", "gone", "lost")):
+        refused(ingot(*words), project, " = 'gone': ", "; ")
 
 
 def test_evaluate_of_nothing(ingot, project):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ingot.errors import IngotError
+from ingot.errors import FieldError, IngotError
 from ingot.evaluation.metrics import Statistic, statistic_of
 from ingot.evaluation.samples import Sample, Samples
 
@@ -75,10 +75,11 @@ def load_evaluation(folder: Path, task: str) -> Evaluation:
 
 
 def load_evaluations(folder: Path) -> dict[str, Evaluation]:
-    """Task -> evaluation, of all in `folder`. Raises IngotError when there is none."""
+    """Task -> evaluation, of all in `folder`. Raises FieldError when there is none."""
     names = tasks_in(folder)
     if not names:
-        raise IngotError(f"{folder} holds no evaluation (no TASK.json with a TASK.parquet); make one: ingot evaluate")
+        fix = "holds no evaluation (no TASK.json with a TASK.parquet); make one: ingot evaluate"
+        raise FieldError("EVALUATION", str(folder), fix)
     return {name: load_evaluation(folder, name) for name in names}
 
 
