@@ -1,6 +1,8 @@
 """An adapter over a quantized base, from recipe to scores: what is exported is what was trained."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -10,6 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from ingot.model.quantize import rounded
 from ingot.recipe import Quantization
+
+
+def in_four_bits(source: str, out: Path) -> Any:
+    """The model in `source`, kept in `out` in bitsandbytes' NF4."""
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=options)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    return model
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
@@ -34,11 +45,7 @@ def test_exported_model_is_the_trained_one(ingot, project, kind):
 
 
 def test_a_checkpoint_in_four_bits_is_trained_over_as_it_is(ingot, project, tmp_path):
-    source = project.values["model"]["source"]
-    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    four = AutoModelForCausalLM.from_pretrained(source, quantization_config=options)
-    four.save_pretrained(tmp_path / "four")
-    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "four")
+    four = in_four_bits(project.values["model"]["source"], tmp_path / "four")
     model = project.values["model"] | {"source": str(tmp_path / "four")}
     done = ingot("finetune", project.write(model=model))
     assert done.code == 2 and "quantization.kind = 'none'" in done.err and "use nf4" in done.err and not project.runs
@@ -57,6 +64,18 @@ def test_a_checkpoint_in_four_bits_is_trained_over_as_it_is(ingot, project, tmp_
     state.shape = torch.Size((shape.numel() // 64, 64))
     whole = bnb.dequantize_4bit(packed.data, state).float().view(shape)
     torch.testing.assert_close(merged.get_submodule(layer).weight - 2.0 * b @ a, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "head"])
+def test_a_classifier_over_a_checkpoint_in_four_bits(ingot, make_project, model_folder, tmp_path, pooling):
+    in_four_bits(model_folder, tmp_path / "four")
+    project = make_project(model_folder, "text-classification")
+    project.write(model={"source": str(tmp_path / "four"), "pooling": pooling})
+    done = ingot("run", project.write(quantization={"kind": "nf4"}, evaluate={"base": False}))
+    assert done.code == 0, done.err
+    facts = json.loads((project.run / "run.json").read_text())["stages"]["finetune"]
+    assert facts["merge_difference"] < 1e-4
+    assert "quantization_config" not in json.loads((project.run / "model" / "config.json").read_text())
 
 
 def test_quantized_full_fine_tuning_is_refused(ingot, project):

@@ -202,9 +202,10 @@ def quantized(model: nn.Module, section: Quantization) -> nn.Module:
 
 def _own(model: nn.Module) -> None:
     """Make a 4-bit checkpoint of bitsandbytes forget who quantized it, so that it is moved and saved as any model."""
-    held: Any = model
     if not any(getattr(m.weight, "quant_state", None) is not None for m in model.modules() if isinstance(m, nn.Linear)):
         return
+    # Inside of a classifier on the mean, which is no model of transformers'.
+    held: Any = next(m for m in model.modules() if getattr(m, "hf_quantizer", None) is not None)
     del held.config.quantization_config
     held.hf_quantizer, held.is_loaded_in_4bit, held.quantization_method = None, False, None
     # How 4-bit weights were read; transformers 5.23 would have to undo it when it saves, and cannot.
