@@ -4,6 +4,7 @@ Prompts and answers are token ids of our own tokenizer; where an answer ends is 
 every other engine. vLLM only has to write greedily, and to say the log-probability of each token of a prompt.
 """
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +25,10 @@ def has_vllm() -> bool:
 
 
 def require_vllm(purpose: str = "evaluate.engine vllm") -> None:
-    """Raise MissingPackage unless vLLM is installed."""
+    """Raise MissingPackage unless vLLM is installed; imported after this, it tells nobody else that it runs."""
     if not has_vllm():
         raise MissingPackage("'ingot[vllm]'", purpose)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
 class Vllm(Writer):

@@ -6,7 +6,6 @@ Its engine belongs to the event loop that it was made in: it has one here, in a 
 import asyncio
 import contextlib
 import json
-import os
 import random
 import threading
 import uuid
@@ -38,7 +37,6 @@ class Vllm:
         """`share`: of the GPU's memory. Raises MissingPackage without vLLM, ModelError for what it cannot run."""
         require_vllm("serve --engine vllm")
         rank = _rank(adapters)
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # an endpoint tells nobody else that it runs
         self._loop, self._users, self._lock = asyncio.new_event_loop(), set[object](), threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ingot-vllm", daemon=True)
         self._thread.start()

@@ -1,6 +1,7 @@
 """Which engine writes: what auto and an unsupported model come to, what is recorded; vLLM through a stand-in."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -172,6 +173,7 @@ class LLM:
 
     def __post_init__(self) -> None:
         assert self.generation_config == "vllm" and not self.trust_remote_code
+        assert os.environ["VLLM_NO_USAGE_STATS"] == "1"  # or it tells its makers what it runs
         self.net: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=getattr(torch, self.dtype)).eval()
 
     def generate(self, prompts: Any, sampling_params: SamplingParams, *, use_tqdm: bool = True) -> list[RequestOutput]:
@@ -199,6 +201,9 @@ class LLM:
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.machinery import ModuleSpec
 
+    # Set and removed, so that it is gone after the test whoever sets it.
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS")
     module: Any = ModuleType("vllm")
     module.LLM, module.SamplingParams, module.__spec__ = LLM, SamplingParams, ModuleSpec("vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", module)
