@@ -26,7 +26,7 @@ from ingot.progress import Progress
 from ingot.registering import find, open_registry, package_of
 from ingot.registry import nearest
 from ingot.runfolder import Run, open_run, write_json
-from ingot.stages import examples_with_answers
+from ingot.stages import requests_of
 
 TEMPLATE = Path(__file__).parent / "conformance" / "report.html.jinja"
 VERSIONS = ("torch", "transformers", "mlflow")
@@ -82,6 +82,7 @@ def run(
     if unknown := [name for name in targets if name not in TARGETS]:
         raise RecipeError("--target", unknown[0], nearest(unknown[0], TARGETS))
     package, trained_by = opened(model, store)
+    _earlier(package)  # before minutes of asking
     rows = read_rows(rows_file) if rows_file is not None else test_rows(trained_by, progress)
     chosen = list(dict.fromkeys(targets)) or list(TARGETS)
     used = {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
@@ -167,7 +168,7 @@ def test_rows(run: Run | None, progress: Progress) -> list[Record]:
     if run is None:
         return []
     try:
-        return [_strings(row) for row in examples_with_answers(run)[0]]
+        return [_strings(row) for row in requests_of(run)]
     except IngotError as error:
         progress.note(f"only the example is asked, not the run's test rows: {error}")
         return []
@@ -212,14 +213,29 @@ def keep(found: Conformance, model: str, package: Path, store: str | None) -> Pa
         said = {f"{CONFORM}{it.target}": f"{it.state} {it.at[:10]} {it.reason}".strip() for it in found.results}
         registry.tag(find(registry, model), said)
         return None
-    path = package.with_name(f"{package.name}.conformance.json")
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if before.get("manifest") == found.manifest:
+    manifest, before = _earlier(package)
+    if manifest == found.manifest:
         asked = {it.target for it in found.results}
-        others = [Result(**it) for it in before["results"] if it["target"] not in asked]
-        found = replace(found, results=[*others, *found.results])
-    write_json(path, found.as_dict())
-    return path
+        found = replace(found, results=[*(it for it in before if it.target not in asked), *found.results])
+    write_json(_kept_in(package), found.as_dict())
+    return _kept_in(package)
+
+
+def _kept_in(package: Path) -> Path:
+    return package.with_name(f"{package.name}.conformance.json")
+
+
+def _earlier(package: Path) -> tuple[str, list[Result]]:
+    """What was kept beside the package: the digest of its files, and their results. Raises DataError."""
+    path = _kept_in(package)
+    if not path.is_file():
+        return "", []
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return str(kept["manifest"]), [Result(**it) for it in kept["results"]]
+    except (ValueError, KeyError, TypeError) as error:
+        fix = f"is not what `ingot conform` keeps there ({error!r}); remove it, and all targets are asked anew"
+        raise DataError("results", str(path), fix) from error
 
 
 def report(found: Conformance, path: Path) -> None:

@@ -31,7 +31,7 @@ from ingot.recipe import Form, Recipe, unfit_form
 from ingot.recipe_io import recipe_hash
 from ingot.registry import nearest
 from ingot.runfolder import Run, versions, write_json
-from ingot.stages import examples_with_answers
+from ingot.stages import requests_of
 
 # How far logits of a form may be apart from the merged model's, as a share of the largest. On the embedded model NF4
 # measured 0.15 and int8 0.03; adapters: what merging itself may change (model/adapters.py).
@@ -226,7 +226,8 @@ class _Proof:
     @cached_property
     def asked(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows, and what the run's model answers."""
-        return examples_with_answers(self.run)
+        rows = requests_of(self.run)
+        return rows, Runtime.load(self.run.model).answer(rows)
 
     @cached_property
     def logits(self) -> list[list[float]]:

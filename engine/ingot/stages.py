@@ -19,7 +19,7 @@ from ingot.evaluation.measure import TEST, choose
 from ingot.evaluation.page import log_report
 from ingot.evaluation.result import Evaluation
 from ingot.model.kinds import POOLED
-from ingot.model.load import load_model, resolve_dtype, resolve_pooling
+from ingot.model.load import load_model, read_tokenizer, resolve_dtype, resolve_pooling
 from ingot.model.runtime import Runtime
 from ingot.parallel.heartbeat import Heartbeat
 from ingot.parallel.sharded import Sharded
@@ -240,13 +240,12 @@ def track_override(run: Run, sentence: str) -> None:
             log_report(tracker, run.evaluation)
 
 
-def examples_with_answers(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Three test rows as requests to the package, and what the run's model answers in this process."""
+def requests_of(run: Run) -> list[dict[str, Any]]:
+    """Three test rows as requests to the run's packages."""
     examples = choose(load_splits(run.recipe, run.home, ("test",)).test, run.recipe)[:3]
-    runtime = Runtime.load(run.model)
-    rows = [request_of(example, run.recipe.objective.task, runtime.tokenizer) for example in examples]
-    rows = [row for row in rows if row.keys() == rows[0].keys()]  # a table has one set of columns
-    return rows, runtime.answer(rows)
+    tokenizer = read_tokenizer(run.model)
+    rows = [request_of(example, run.recipe.objective.task, tokenizer) for example in examples]
+    return [row for row in rows if row.keys() == rows[0].keys()]  # a table has one set of columns
 
 
 def ask_endpoint(run: Run, progress: Progress) -> None:

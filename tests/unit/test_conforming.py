@@ -100,6 +100,20 @@ def test_results_of_other_files_are_forgotten(package: Path, planted: None, head
     assert [it["target"] for it in kept["results"]] == ["good"]
 
 
+@pytest.mark.parametrize("damage", ['{"manifest": ', "[]", "{}", '{"manifest": "a", "results": [{"target": "good"}]}'])
+def test_kept_results_that_are_damaged_are_one_line(
+    package: Path, planted: None, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    kept = package.with_name("package.conformance.json")
+    kept.write_text(damage)
+    asked: list[Case] = []
+    monkeypatch.setattr(targets, "good", asked.append)
+    refused = ingot(package, "-t", "good")
+    assert refused.exit_code == 2 and refused.stderr.count("\n") == 1 and not asked
+    assert f"results = '{kept}': is not what `ingot conform` keeps there" in refused.stderr
+    assert kept.read_text() == damage
+
+
 def test_a_package_that_changed_is_refused_before_and_after(package: Path, planted: None) -> None:
     with pytest.raises(PackageError, match="changed after packaging"):
         conforming.run(str(package), ["writing"])
@@ -125,10 +139,10 @@ def test_a_run_is_asked_its_test_rows(package: Path, planted: None, monkeypatch:
     def stored(run: object) -> Any:
         if not asked:
             raise DataError("data.test", "rows.jsonl", "is gone")
-        return asked, []
+        return asked
 
     monkeypatch.setattr(conforming, "package_of", lambda path: (path, object()))
-    monkeypatch.setattr(conforming, "examples_with_answers", stored)
+    monkeypatch.setattr(conforming, "requests_of", stored)
     assert conforming.run(str(package), ["good"]).results[0].rows == 2
     asked.clear()
     assert conforming.run(str(package), ["good"]).results[0].rows == 1

@@ -312,6 +312,15 @@ def test_each_form_is_proved_in_a_clean_process(run: Run, monkeypatch: pytest.Mo
         assert (found.state, found.reason) == ("passed", "")
 
 
+def test_the_rows_of_a_run_are_read_without_its_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(Runtime, "load", loaded)
+    rows = conforming.test_rows(run, QUIET)
+    assert [json.loads(row["messages"])[0]["content"] for row in rows] == [f"Pay {n} yen to Maria" for n in range(3)]
+
+
 CONVERTER = """#!/bin/sh
 printf 'GGUF\\003\\000\\000\\000\\001\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000\\000' > "$3"
 """
