@@ -72,14 +72,16 @@ def test_the_same_command_goes_on_and_others_are_refused_with_what_changed(model
     after = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("part-*")}
     assert [name for name in before if before[name] != after[name]] == ["part-00001.jsonl"]
     for more, told in {
-        ("--param", "seed=3"): 'params was {"max_tokens": 3}, now {"max_tokens": 3, "seed": 3}',
-        ("--limit", "5"): "limit was null, now 5",
-        ("--keep", "stars"): "keep was",
-        ("--format", "csv"): 'format was "jsonl", now "csv"',
+        ("--param", "seed=3"): '--param was {"max_tokens": 3}, now {"max_tokens": 3, "seed": 3}',
+        ("--limit", "5"): "(--max-rows was null, now 5)",
+        ("--keep", "stars"): "--keep was {}, now",
+        ("--id-column", "id"): '--id-column was null, now "id"',
+        ("--bucket-rows", "5"): "--bucket-rows was 4, now 5",
+        ("--format", "csv"): '--format was "jsonl", now "csv"',
     }.items():
         assert told in run(*arguments, *more, code=2).stderr
     rows.write_text(rows.read_text(encoding="utf-8") + '{"review": "one more"}\n', encoding="utf-8")
-    assert "input: rows.jsonl changed" in run(*arguments, code=2).stderr
+    assert "INPUT: rows.jsonl changed" in run(*arguments, code=2).stderr
 
 
 def test_another_model_is_not_gone_on_with(model_folder: Path, tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_another_model_is_not_gone_on_with(model_folder: Path, tmp_path: Path) -
     run(other, "rows.jsonl", "out", *COMMON, "--limit", 2)  # the same weights elsewhere
     config = json.loads((other / "generation_config.json").read_text())
     (other / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
-    assert "model was" in run(other, "rows.jsonl", "out", *COMMON, "--limit", 2, code=2).stderr
+    assert "MODEL was" in run(other, "rows.jsonl", "out", *COMMON, "--limit", 2, code=2).stderr
 
 
 @pytest.mark.parametrize("name", ["parquet", "csv"])

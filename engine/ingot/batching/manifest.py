@@ -24,6 +24,18 @@ NAME, STATE = "manifest.json", ".batch"
 CLAIMS = f"{STATE}/claims"
 WHOLE = 2**40  # the byte of the claims that stands for the manifest; a bucket's is its number
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+# What decides a batch -> how whoever started it wrote that.
+ASKED = {
+    "files": "INPUT",
+    "model": "MODEL",
+    "format": "--format",
+    "params": "--param",
+    "map": "--map",
+    "keep": "--keep",
+    "id_column": "--id-column",
+    "limit": "--max-rows",
+    "bucket_rows": "--bucket-rows",
+}
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
 
 
@@ -238,5 +250,6 @@ def _change(name: str, before: Any, now: Any) -> str:
     if name == "files" and isinstance(before, list) and isinstance(now, list):
         old, new = ({one["name"]: one for one in some} for some in (before, now))
         names = [file for file in {**old, **new} if old.get(file) != new.get(file)]
-        return f"input: {', '.join(names[:3])} changed" if names else "input: files changed"
-    return f"{name} was {json.dumps(before, ensure_ascii=False)}, now {json.dumps(now, ensure_ascii=False)}"
+        return f"{ASKED[name]}: {', '.join(names[:3]) or 'files'} changed"
+    was, asked = (json.dumps(value, ensure_ascii=False) for value in (before, now))
+    return f"{ASKED.get(name, name)} was {was}, now {asked}"
