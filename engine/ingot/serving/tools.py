@@ -13,7 +13,8 @@ from ingot.model.runtime import Runtime
 from ingot.model.sampling import InputError
 
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
-TAGGED = re.compile(rf"{OPENS}\s*(.*?)\s*(?:{CLOSES}|$)", re.DOTALL)
+SPACE, CLOSED = re.compile(r"\s*"), re.compile(rf"\s*(?:{CLOSES}|\Z)")
+JSON = json.JSONDecoder()
 FORCED = "tool_choice"
 # A call up to its arguments, in the order that models write it in; in another one it is told once it is whole.
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
@@ -75,13 +76,12 @@ def _id() -> str:
 def read(text: str, names: set[str]) -> tuple[str, list[dict[str, Any]]]:
     """An answer -> what it says beside calls, and OpenAI's `tool_calls`. All of it is text where a call is broken."""
     place = text.find(OPENS)
-    written = TAGGED.findall(text) if place >= 0 else [text.strip()] if text.lstrip()[:1] in ("{", "[") else []
+    try:
+        written = _tagged(text) if place >= 0 else [json.loads(text.strip())] if text.lstrip()[:1] in ("{", "[") else []
+    except (ValueError, RecursionError):
+        return text, []
     calls = []
-    for one in written:
-        try:
-            value = json.loads(one)
-        except (ValueError, RecursionError):
-            return text, []
+    for value in written:
         for part in value if isinstance(value, list) else [value]:
             if (call := _call(part, names)) is None:
                 return text, []
@@ -89,6 +89,19 @@ def read(text: str, names: set[str]) -> tuple[str, list[dict[str, Any]]]:
     if not calls:
         return text, []
     return text[: max(place, 0)].rstrip(), calls
+
+
+def _tagged(text: str) -> list[Any]:
+    """The JSON after each opening tag; tags in its texts mean nothing. Raises ValueError for anything else."""
+    found, place = [], text.find(OPENS)
+    while place >= 0:
+        value, end = JSON.raw_decode(text, SPACE.match(text, place + len(OPENS)).end())  # type: ignore[union-attr]
+        closed = CLOSED.match(text, end)
+        if closed is None:
+            raise ValueError("something stands behind it")
+        found.append(value)
+        place = text.find(OPENS, closed.end())
+    return found
 
 
 class Unfolding:

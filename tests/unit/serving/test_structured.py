@@ -107,6 +107,8 @@ TOOLS: list[dict[str, Any]] = [
 ]
 NAMES = {"book", "leave"}
 ONE = '{"name": "book", "arguments": {"table": "big"}}'
+TAGS = '{"name": "book", "arguments": {"table": "a </tool_call> b <tool_call>{ \\"}"}}'
+NOTE = '"note": "</tool_call><tool_call>"}'
 
 
 @pytest.mark.parametrize("place", ["$defs", "definitions"])
@@ -152,6 +154,8 @@ def test_the_models_own_form_of_a_call(runtime: Any, monkeypatch: pytest.MonkeyP
         (f"<tool_call>\n{ONE}\n</tool_call>", "", 1),
         (f"Gladly. <tool_call>{ONE}</tool_call>\n<tool_call>{ONE}</tool_call>", "Gladly.", 2),
         (f"<tool_call>\n{ONE}", "", 1),
+        (f"Gladly. <tool_call>\n{TAGS}\n</tool_call>\n<tool_call>{ONE}</tool_call>", "Gladly.", 2),
+        (f"<tool_call>{ONE[:-1]}, {NOTE}</tool_call><tool_call>{ONE[:-1]}, {NOTE}</tool_call>", "", 2),
         ("Hello!", "Hello!", 0),
         ('{"name": "rob", "arguments": {}}', '{"name": "rob", "arguments": {}}', 0),
         ('{"name": "book", "arguments": "x"}', '{"name": "book", "arguments": "x"}', 0),
@@ -207,6 +211,7 @@ def test_arguments_are_told_as_they_come() -> None:
     ("text", "arguments", "rest"),
     [
         ('<tool_call>{"name": "book", "arguments": {"table": "b', ['{"table": "b'], ""),
+        (f"<tool_call>{ONE} and</tool_call>", ['{"table": "big"}'], ""),
         (f"<tool_call>{ONE}</tool_call><tool_call>{{broken", ['{"table": "big"}'], "{broken"),
         (f'[{ONE}, {{"name": "rob"}}]', ['{"table": "big"}'], ' {"name": "rob"}]'),
     ],
