@@ -36,6 +36,7 @@ from ingot.stages import requests_of
 # How far logits of a form may be apart from the merged model's, as a share of the largest. On the embedded model NF4
 # measured 0.15 and int8 0.03; adapters: what merging itself may change (model/adapters.py).
 TOLERANCES = {"nf4": 0.5, "int8": 0.1, "fp8": 0.2, "float32": 1e-3, "bfloat16": 5e-2}
+REFUSED = "gguf_refused"  # in run.json: why llama.cpp's converter made no file of this model; it will not another time
 REQUIRES = {"adapter": ("peft",), "quantized": ("bitsandbytes", "accelerate")}
 
 
@@ -95,8 +96,16 @@ def packaged_forms(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def missing_forms(run: Run) -> list[Form]:
-    """The forms of the run's recipe that are yet to be packaged."""
-    return [form for form in run.recipe.package.forms if form not in packaged_forms(run)]
+    """The forms of the run's recipe that are yet to be packaged, but for one that another program refused to make."""
+    done = packaged_forms(run).keys() | ({"gguf"} if run.record().get(REFUSED) else set())
+    return [form for form in run.recipe.package.forms if form not in done]
+
+
+def refused_form(run: Run) -> PackageError | None:
+    """What to say of a form of the run's recipe that another program refused to make, and that is not tried again."""
+    refused = run.record().get(REFUSED) if run.recipe.package.enabled and "gguf" in run.recipe.package.forms else None
+    again = f"not tried again, but by: ingot package {run.folder} --form gguf"
+    return PackageError(f"{refused} ({again})") if refused else None
 
 
 def _note(run: Run, found: dict[str, dict[str, Any]], common: dict[str, Any]) -> None:
@@ -204,7 +213,12 @@ def _write_gguf(run: Run, parts: Parts, origin: Origin) -> Path:
     task, out = run.recipe.objective.task, run.form("gguf")
     with building(out) as folder:
         base = base_folder(run.recipe, run.home)
-        gguf.convert(run.model, folder / "model", run.recipe.package.gguf_type, base)
+        run.note(**{REFUSED: None})
+        try:
+            gguf.convert(run.model, folder / "model", run.recipe.package.gguf_type, base)
+        except PackageError as error:
+            run.note(**{REFUSED: str(error)})
+            raise
         known = parts.metadata | {"quantization": run.recipe.package.gguf_type}
         known |= write_origin(folder, origin, parts.name)
         card = write_card(

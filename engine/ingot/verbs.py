@@ -29,7 +29,7 @@ from ingot.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
-from ingot.packages import missing_forms, write_package
+from ingot.packages import missing_forms, refused_form, write_package
 from ingot.parallel import heartbeat, rules
 from ingot.parallel.blame import collectives
 from ingot.parallel.strategies import check_model, parallelize
@@ -249,12 +249,11 @@ def run(
 ) -> dict[str, Any]:
     """The whole path: prove the recipe, fine-tune, evaluate base and tuned, package, verify, ask the endpoint one
     question. Raises CheckFailed where a proof fails that `check.waive` does not name, and NotPromoted, with all of it
-    kept and the summary written, where the promotion policy is not met.
+    kept and the summary written, where the promotion policy is not met; PackageError where a form cannot be made.
 
     Returns the summary that is also saved as the run's summary.json: `metrics.base` and `metrics.tuned` (each metric:
-    value,
-    interval), `comparison`, `stages` with seconds, `paths`, `question` and `answer`. With `resume`, finished stages
-    are kept.
+    value, interval), `comparison`, `stages` with seconds, `paths`, `question` and `answer`. With `resume`, finished
+    stages are kept.
     """
     recipe, home = _opened(recipe, home)
     if recipe.serve.enabled:
@@ -274,6 +273,9 @@ def run(
         registering.register_run(done, progress)
     if recipe.serve.enabled and not done.finished("serve"):
         ask_endpoint(done, progress)
+    if refused := refused_form(done):
+        _ended(done, "not packaged")
+        raise refused
     return _ended(done, "finished")
 
 

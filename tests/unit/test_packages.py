@@ -250,6 +250,34 @@ def test_a_resumed_run_packages_the_forms_that_are_missing(run: Run, tmp_path: P
     assert (run.form("adapter") / "manifest.json").stat().st_mtime_ns == kept
 
 
+def test_a_gguf_that_could_not_be_made_is_not_tried_at_each_resume(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = tmp_path / "tries"
+    converter = tmp_path / "convert"
+    converter.write_text(f"#!/bin/sh\necho >> {tries}\necho 'Model OddForCausalLM is not supported'\nexit 1\n")
+    converter.chmod(0o755)
+    monkeypatch.setenv("INGOT_GGUF_CONVERTER", str(converter))
+    forms = {"forms": ["merged", "gguf"], "verify": False}
+    changes = {"evaluate": {"enabled": False}, "serve": {"enabled": False}, "package": forms}
+    recipe = resolve(_recipe(tmp_path, **changes), tmp_path, Ranks(), torch.device("cpu"))
+    (run.folder / "resolved.yaml").write_text(dump_recipe(recipe))
+    run.note_stage("finetune", 1.0)
+    for again in (False, True, True):
+        with pytest.raises(PackageError, match="does not know the architecture OddForCausalLM") as caught:
+            verbs.run(recipe, home=tmp_path, resume=run.folder)
+        assert (f"ingot package {run.folder} --form gguf" in str(caught.value)) is again
+        assert (run.record()["status"] == "not packaged", (run.folder / "summary.json").is_file()) == (again, again)
+    assert tries.read_text() == "\n" and list(packages.packaged_forms(run)) == ["merged"]
+    with pytest.raises(PackageError):
+        verbs.package(run.folder, forms=["gguf"])
+    assert tries.read_text() == "\n\n"
+    converter.write_text(CONVERTER)
+    verbs.package(run.folder, forms=["gguf"])
+    verbs.run(recipe, home=tmp_path, resume=run.folder)
+    assert run.record()["status"] == "finished"
+
+
 def test_a_run_without_a_merged_form_stands_for_its_first(run: Run) -> None:
     with pytest.raises(ModelError, match="ingot package"):
         registering.package_of(run.folder)
