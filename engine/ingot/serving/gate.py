@@ -12,6 +12,7 @@ import traceback
 import uuid
 from dataclasses import dataclass, field
 
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ingot.serving.faults import ApiError, error_response
@@ -208,8 +209,7 @@ class Gate:
             work.cancel()
 
     def _note(self, scope: Scope, record: Record, status: int) -> None:
-        # A path of the caller's own making would be a new time series each.
-        record.route = getattr(scope.get("route"), "path", None) or "none"
+        record.route = _route(scope)
         seconds = time.monotonic() - record.began
         self.metrics.requests.labels(record.route, str(status)).inc()
         self.metrics.seconds.labels(record.route).observe(seconds)
@@ -229,6 +229,17 @@ class Gate:
             "cause": record.cause,
         }
         log.info("request", extra={"fields": fields})
+
+
+def _route(scope: Scope) -> str:
+    """The path as its route spells it, also of a request that was refused before it got there; none for another: a path
+    of the caller's own making would be a new time series each.
+    """
+    route = scope.get("route")
+    if route is None:
+        nearest, route = max(((one.matches(scope)[0], one) for one in scope["app"].routes), key=lambda it: it[0].value)
+        route = None if nearest is Match.NONE else route
+    return getattr(route, "path", None) or "none"
 
 
 def _writable(body: bytearray) -> bool:

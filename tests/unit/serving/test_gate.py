@@ -120,7 +120,7 @@ def test_a_line_for_each_request_and_nothing_of_it(served: Served, lines: list[d
     assert first["id"] == answer.headers["x-request-id"] != refused.headers["x-request-id"]
     assert second["status"] == 400
     assert (third["route"], third["status"]) == ("none", 404)
-    assert (long["cause"], long["status"]) == ("body", 413)
+    assert (long["route"], long["cause"], long["status"]) == (TEXT, "body", 413)
     assert SECRET not in json.dumps(lines)
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["cache-control"] == "no-store"
@@ -309,6 +309,17 @@ def test_each_key_has_its_own_minute(text_folder: Path, tmp_path: Path, monkeypa
         assert rejects['{cause="rate_requests",model=""}'] == 2
         clock[0] += 30
         assert [status(client, ann).status_code for _ in range(2)] == [200, 429]
+
+
+def test_what_is_refused_is_told_by_its_route(text_folder: Path, tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+    add_key(tmp_path / "keys.json", "ann")
+    served = Served(text_folder, Rules(Keyring(tmp_path / "keys.json")))
+    model = "/v2/models/{model}"
+    asked = {("GET", f"/v2/models/{SECRET}"): model, ("PUT", TEXT): TEXT, ("POST", f"/{SECRET}"): "none"}
+    with TestClient(served.app) as client:
+        assert {client.request(*one).status_code for one in asked} == {401}
+    told = [(line["route"], line["cause"]) for line in lines if "route" in line]
+    assert told == [(route, "key") for route in asked.values()]
 
 
 def test_rows_of_a_classifier_are_paid_for(mean_folder: Path, lines: list[dict[str, Any]]) -> None:
