@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from ingot.serving.record import Record
 
 VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PATH = "/v1/traces"  # behind a collector's address
+CLOSE_S = 2.0  # for the last spans: to a collector that is gone OpenTelemetry's exporter tries for 10 s
 # What OpenTelemetry's conventions for generative models call it -> the tasks that do it.
 OPERATIONS = {
     "chat-completion": "chat",
@@ -57,8 +59,13 @@ class Traces:
         span.end(ended)
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, for two seconds at most."""
+        # `shutdown` takes no time limit, and the one that `force_flush` takes is not kept (SDK 1.45.2).
+        closing = threading.Thread(target=self._provider.shutdown, name="ingot-traces", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+        if closing.is_alive():
+            log.warning("the collector did not take the last spans within %g s; they are lost", CLOSE_S)
 
 
 def _attributes(scope: Scope, record: Record, status: int) -> dict[str, str | int | float]:

@@ -1,9 +1,11 @@
 """Spans of requests: what they say, whose trace they go on, where they are sent, and that nothing is paid without."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +21,7 @@ from ingot.model.runtime import Runtime
 from ingot.serving.app import create_app
 from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.engines import start_engine
+from ingot.serving.record import Record
 from ingot.serving.server import Endpoint
 from ingot.serving.tracing import VARIABLES, Traces, traces_to
 
@@ -152,6 +155,18 @@ def collector() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def test_a_collector_that_says_nothing_does_not_hold_up_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip(EXPORTER)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        traces = traces_to(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert traces is not None
+        traces.span({"method": "GET", "headers": []}, Record(id="mine"), 200)
+        began = time.monotonic()
+        traces.close()
+        assert time.monotonic() - began < 6  # of the 10 that the exporter waits for an answer
+    assert "they are lost" in caplog.text
 
 
 @pytest.mark.parametrize("flag", [True, False])
