@@ -63,7 +63,8 @@ def write_package(
     if unknown := set(forms or ()) - set(get_args(Form)):
         raise RecipeError("--form", min(unknown), nearest(min(unknown), get_args(Form)))
     wanted: Sequence[Form] = cast(Sequence[Form], forms) if forms else recipe.package.forms
-    check_forms(recipe.model_copy(update={"package": recipe.package.model_copy(update={"forms": list(wanted)})}))
+    section = recipe.package.model_copy(update={"forms": list(wanted)})
+    check_forms(recipe.model_copy(update={"package": section}), run.home)
     if "adapter" in wanted:
         _check_adapter(run)
     parts = _parts(run, promotion, notes)
@@ -114,14 +115,20 @@ def _note(run: Run, found: dict[str, dict[str, Any]], common: dict[str, Any]) ->
     run.note_stage("package", seconds, **common, verified=verified, forms=found)
 
 
-def check_forms(recipe: Recipe) -> None:
-    """Raise what making the recipe's forms would raise for want of a program or package. Nothing is read."""
+def check_forms(recipe: Recipe, home: Path) -> None:
+    """Raise what making the recipe's forms would raise for want of a program or package, or for a base in few bits. Of
+    the model only its configuration is read.
+    """
     if wrong := unfit_form(recipe):
         raise RecipeError("package.forms", recipe.package.forms, wrong.partition(": ")[2] or wrong)
     for form in recipe.package.forms:
         for package in REQUIRES.get(form, ()):
             if find_spec(package) is None:
                 raise MissingPackage(package, f"package.forms: {form}")
+    if "adapter" in recipe.package.forms and recipe.quantization.kind == "nf4" and few_bits(recipe.model, home):
+        # What loads the package merges it, and there that rounds the sum into four bits again.
+        why = f"{recipe.model.source} holds weights in few bits, and what was learned is lost in them; use merged"
+        raise RecipeError("package.forms", "adapter", why)
     if "gguf" in recipe.package.forms:
         gguf.find_converter()
 
@@ -179,8 +186,8 @@ def _write(run: Run, form: Form, parts: Parts) -> Path:
 def _check_adapter(run: Run) -> None:
     """Raise RecipeError where the trained model has weights that neither its base nor its adapter holds."""
     base = base_folder(run.recipe, run.home)
-    if base is None or few_bits(run.recipe.model, run.home) is not None:
-        return  # its absence is said where the adapter's folder is made; one in few bits trains no head
+    if base is None:
+        return  # which is said where the adapter's folder is made
     with tempfile.TemporaryDirectory(prefix=".form-", dir=run.folder) as place:
         lost = missing_over_base(_adapter_folder(run, Path(place) / "model"), base)
     if lost:

@@ -78,6 +78,14 @@ def test_a_classifier_over_a_checkpoint_in_four_bits(ingot, make_project, model_
     assert "quantization_config" not in json.loads((project.run / "model" / "config.json").read_text())
 
 
+def test_an_adapter_s_package_over_four_bits_is_refused_before_training(ingot, project, tmp_path):
+    in_four_bits(project.values["model"]["source"], tmp_path / "four")
+    project.write(model={"source": str(tmp_path / "four")}, quantization={"kind": "nf4"}, evaluate={"base": False})
+    done = ingot("run", project.write(package={"enabled": True, "forms": ["merged", "adapter"]}))
+    assert done.code == 2 and "package.forms = 'adapter': " in done.err and "in few bits" in done.err, done.err
+    assert not (project.run / "metrics.jsonl").exists()
+
+
 def test_quantized_full_fine_tuning_is_refused(ingot, project):
     done = ingot("finetune", project.write(quantization={"kind": "nf4"}, adapter={"kind": "none"}))
     assert done.code == 2

@@ -211,7 +211,7 @@ def test_what_a_form_needs_is_asked_for_first(run: Run, monkeypatch: pytest.Monk
     wanted = run.recipe.package.model_copy(update={"forms": ["quantized"]})
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match="bitsandbytes"):
-        check_forms(run.recipe.model_copy(update={"package": wanted}))
+        check_forms(run.recipe.model_copy(update={"package": wanted}), run.home)
 
 
 def test_the_record_says_which_forms_are_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def package_forms(subject: Subject) -> Verdict:
     if not recipe.package.enabled:
         return Verdict(name, Status.not_applicable, "package.enabled is false")
     try:
-        check_forms(recipe)
+        check_forms(recipe, subject.home)
     except IngotError as error:
         return Verdict(name, Status.failed, str(error), "install it, or leave the form out of package.forms")
     return Verdict(name, Status.passed, f"can be made here: {', '.join(recipe.package.forms)}")
