@@ -15,6 +15,7 @@ from typing import Any, cast, get_args
 
 from ingot.errors import MissingPackage, PackageError, RecipeError
 from ingot.model import adapted
+from ingot.model.adapters import carry
 from ingot.model.few_bits import write_few_bits
 from ingot.model.load import few_bits
 from ingot.model.probing import probe
@@ -184,19 +185,18 @@ def _write(run: Run, form: Form, parts: Parts) -> Path:
 
 
 def _check_adapter(run: Run) -> None:
-    """Raise RecipeError where the trained model has weights that neither its base nor its adapter holds."""
-    base = base_folder(run.recipe, run.home)
-    if base is None:
-        return  # which is said where the adapter's folder is made
+    """Raise what making the adapter's folder would raise, before any form is written."""
+    if base_folder(run.recipe, run.home) is None:
+        return  # the other forms need no base
     with tempfile.TemporaryDirectory(prefix=".form-", dir=run.folder) as place:
-        lost = missing_over_base(_adapter_folder(run, Path(place) / "model"), base)
-    if lost:
-        why = f"neither its base nor its adapter holds {', '.join(lost[:3])} of the trained model; use merged"
-        raise RecipeError("package.forms", "adapter", why)
+        _adapter_folder(run, Path(place) / "model")
 
 
 def _adapter_folder(run: Run, folder: Path) -> Path:
-    """The adapter with everything but weights that its packaged model needs, and its base by name and hash."""
+    """The adapter with everything but its base's weights that its packaged model needs, and that base by name and hash.
+
+    Raises RecipeError where the trained model has weights that neither the base nor the adapter can hold.
+    """
     base = lineage_of(run)["base"]
     if "weights" not in base:
         raise PackageError(f"the base {base['source']} is not on this machine, so its hash is not known; bring it here")
@@ -213,7 +213,18 @@ def _adapter_folder(run: Run, folder: Path) -> Path:
     config = json.loads((folder / adapted.ADAPTER_FILE).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": plain_name(run.recipe.model.source), "revision": base["revision"]}
     write_json(folder / adapted.ADAPTER_FILE, config)
+    _carry(run, folder)
     return folder
+
+
+def _carry(run: Run, folder: Path) -> None:
+    place = base_folder(run.recipe, run.home)
+    if place is None or few_bits(run.recipe.model, run.home) is not None:
+        return  # a base in few bits trains no head
+    if lost := carry(folder, missing_over_base(folder, place), run.model):
+        names = ", ".join(lost[:3])
+        why = f"the base lacks {names}, and the adapter holds no more than an update of it; use merged"
+        raise RecipeError("package.forms", "adapter", why)
 
 
 def _write_gguf(run: Run, parts: Parts, origin: Origin) -> Path:

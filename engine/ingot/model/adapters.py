@@ -11,14 +11,16 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ingot.errors import IngotError, ModelError, RecipeError
+from ingot.model.adapted import PREFIX, TENSORS_FILE
 from ingot.model.kinds import logits_of
 from ingot.model.matrices import Matrix, matrices
 from ingot.model.quantize import QuantizedLinear
+from ingot.model.runtime import Runtime
 from ingot.recipe import Adapter, Task
 from ingot.registry import nearest
 
@@ -295,6 +297,26 @@ def read_adapter(model: PeftModel, folder: Path) -> int:
     for name, tensor in saved.items():
         places[name].copy_(tensor)
     return len(saved)
+
+
+def carry(folder: Path, names: Sequence[str], trained: Path) -> list[str]:
+    """Add the weights called `names` of the merged model in `trained` to the adapter in `folder`, whole: peft loads
+    every tensor whose name the model knows.
+
+    Where some are of a layer that the adapter updates, of which `trained` has no more than the sum, return these and
+    write nothing.
+    """
+    if not names:
+        return []
+    saved = load_file(folder / TENSORS_FILE)
+    layers = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in saved if ".lora_" in name}
+    updated = tuple(f"{layer.removeprefix(PREFIX)}." for layer in layers)
+    if lost := [name for name in names if name.startswith(updated)]:
+        return lost
+    whole = Runtime.load(trained, "cpu").model.state_dict()  # a tied tensor by all of its names, which no file has
+    added = {PREFIX + name: whole[name].clone() for name in names}
+    save_file(saved | added, folder / TENSORS_FILE, {"format": "pt"})
+    return []
 
 
 def with_saved_adapter(model: nn.Module, folder: Path) -> nn.Module:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from every_task import CASES, CONTEXT, FOX, folder_of
+from safetensors.torch import load_file
 
 from ingot.errors import ModelError, RecipeError
+from ingot.model.adapted import PREFIX, TENSORS_FILE
 from ingot.model.adapters import attach_adapter, merge, save_adapter
 from ingot.model.export import export_model
 from ingot.model.kinds import logits_of
@@ -50,14 +52,28 @@ BASES = {
     "fill-mask": "fill-mask",
     "reward": "text-generation",
 }
+MISSING = {  # case: (how the run is made, names of what its base lacks and nothing trains)
+    "bias": (
+        {"task": "fill-mask", "over": "token-classification", "drawn": ("cls.predictions.bias",)},
+        {"cls.predictions.bias", "cls.predictions.decoder.bias"},
+    ),
+    "pooler": (
+        {"task": "text-classification", "pooling": "head", "targets": ["query"], "drawn": ("bert.pooler.dense.bias",)},
+        {"bert.pooler.dense.weight", "bert.pooler.dense.bias"},
+    ),
+}
 
 
 @pytest.fixture
 def tuned(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Callable[..., Run]:
-    """tuned(task, **model) -> a run over the base of `task` whose adapter and head are drawn."""
+    """tuned(task, **model) -> a run over the base of `task` whose adapter and head are drawn. `over`: the case of
+    another base; `drawn`: weights that it lacks, and that are not trained; `targets`: the recipe's.
+    """
 
-    def make(task: str, **model_section: Any) -> Run:
-        base = folder_of(BASES[task], make_tokenizer(mask_token="<|im_start|>"), tmp_path / "base")
+    def make(
+        task: str, over: str = "", drawn: tuple[str, ...] = (), targets: Any = "all-linear", **model_section: Any
+    ) -> Run:
+        base = folder_of(over or BASES[task], make_tokenizer(mask_token="<|im_start|>"), tmp_path / "base")
         (base / "ingot.json").unlink()
         rows = ROWS.get(task, [{}])
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,7 +83,7 @@ def tuned(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Callable[..., R
             "model": {"source": "base", "dtype": "float32", **model_section},
             "data": {"train": "rows.jsonl", "test": "rows.jsonl", "validation_share": 0, "max_tokens": 24},
             "objective": {"task": task},
-            "adapter": {"rank": 8},
+            "adapter": {"rank": 8, "targets": targets},
             "package": {"verify": False, "forms": ["merged", "adapter"]},
         })  # fmt: skip
         case, run = CASES[task], create_run(recipe, tmp_path)
@@ -75,8 +91,9 @@ def tuned(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Callable[..., R
         model: Any = attach_adapter(load_model(recipe.model, tmp_path, recipe.objective.task, labels),
                                     recipe.adapter, recipe.objective.task, 0)  # fmt: skip
         torch.manual_seed(1)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
+        assert set(drawn) <= dict(model.get_base_model().named_parameters()).keys()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or name.removeprefix("base_model.model.") in drawn:
                 parameter.data.normal_(0, 0.3)
         save_adapter(model, run.adapter, recipe.model.source)
         about = {"task": task, "max_tokens": 24, "max_new_tokens": 6, "example": case.rows[0], **case.about}
@@ -125,9 +142,15 @@ def test_it_is_proved_in_a_clean_process(task: str, tuned: Callable[..., Run]) -
     assert 0 <= found["difference"] <= found["tolerance"] == 1e-3
 
 
-@pytest.mark.parametrize("task", ["token-classification", "question-answering", "reward"])
-def test_evaluation_measures_what_the_package_answers(task: Any, tuned: Callable[..., Run], tmp_path: Path) -> None:
-    run = tuned(task)
+@pytest.mark.parametrize(
+    "made",
+    [*({"task": task} for task in ("token-classification", "question-answering", "reward")), MISSING["bias"][0]],
+    ids=lambda made: made["task"],
+)
+def test_evaluation_measures_what_the_package_answers(
+    made: dict[str, Any], tuned: Callable[..., Run], tmp_path: Path
+) -> None:
+    run, task = tuned(**made), made["task"]
     (tmp_path / "base/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     write_package(run, NO_POLICY, "", QUIET, ["adapter"])
     target = open_target(str(run.form("adapter")), base=str(tmp_path / "base"))
@@ -143,8 +166,29 @@ def test_evaluation_measures_what_the_package_answers(task: Any, tuned: Callable
         target.load("summarization", (), torch.device("cpu"), 64)
 
 
+@pytest.mark.parametrize("case", MISSING)
+def test_what_neither_base_nor_adapter_holds_is_carried_whole(
+    case: str, tuned: Callable[..., Run], tmp_path: Path
+) -> None:
+    made, names = MISSING[case]
+    run, rows = tuned(**made), CASES[made["task"]].rows
+    write_package(run, NO_POLICY, "", QUIET)
+    package = run.form("adapter") / "model"
+    saved, trained = load_file(package / TENSORS_FILE), load_file(run.adapter / TENSORS_FILE)
+    assert saved.keys() - trained.keys() == {PREFIX + name for name in names}
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trained.items())
+    merged, base = Runtime.load(run.model, "cpu"), tmp_path / "base"
+    whole = merged.model.state_dict()
+    assert all(whole[name].any() and torch.equal(saved[PREFIX + name], whole[name]) for name in names)
+    loaded = Runtime.load(package, "cpu", base)
+    for found, expected in zip(*(probe(it, rows) for it in (loaded, merged)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    config = json.loads((package / "adapter_config.json").read_text())
+    assert any("trained as a whole" in it.why for it in refusals(config))  # as where the base has a head
+
+
 def test_weights_that_an_adapter_does_not_hold_are_named_before_anything_is_written(tuned: Callable[..., Run]) -> None:
-    run = tuned("text-classification", pooling="head")  # whose pooler the base lacks
+    run = tuned("text-classification", pooling="head")  # whose pooler the base lacks, and the adapter updates
     with pytest.raises(RecipeError, match=r"package\.forms.*adapter.*pooler.*use merged"):
         write_package(run, NO_POLICY, "", QUIET)
     assert not run.package.exists()
