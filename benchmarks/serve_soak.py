@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +27,10 @@ from serve_work import FULL, QUICK, Size, expected, prepare, writing
 
 HERE = Path(__file__).resolve().parent
 REFUSALS = (429, 503)
-GROWTH = 1.10  # of memory, from the first minute of the overload to its end
+Sample = dict[str, Any]  # at (s), bytes, rows
+GROWTH = 1.10  # of memory, once the running batch is full, and from rest to rest
+SAMPLES = 120  # of memory while requests are sent; a window is a tenth of them
+FULL_ROWS = 0.9  # of the most rows that ever ran together
 
 
 async def overload(
@@ -35,7 +39,7 @@ async def overload(
     """Send `rate` requests a second, whether answers come or not."""
     told: Counter[str] = Counter()
     latencies: list[float] = []
-    held: list[tuple[float, int]] = []
+    series: list[Sample] = []
     running: set[asyncio.Task[None]] = set()
 
     async def one(request: dict[str, Any]) -> None:
@@ -55,10 +59,11 @@ async def overload(
             told[f"status {answer.status_code}"] += 1
 
     started = time.monotonic()
+    watcher = asyncio.create_task(watch(client, process, seconds / SAMPLES, series))
     sent = 0
     while (now := time.monotonic() - started) < seconds:
-        if not held or now - held[-1][0] >= 5:
-            held.append((now, max(memory(process, "VmRSS"))))  # of the process with the model
+        if watcher.done():
+            await watcher  # what it failed of
         while sent < now * rate:
             task = asyncio.create_task(one(requests[sent % len(requests)]))
             running.add(task)
@@ -66,15 +71,47 @@ async def overload(
             sent += 1
         await asyncio.sleep(0.01)
     await asyncio.gather(*running)
-    settled = [size for at, size in held if at >= min(60.0, seconds / 3)]
+    await asyncio.sleep(2 * seconds / SAMPLES)  # a sample of it at rest
+    watcher.cancel()
     return {
         "sent": sent,
         "rate": rate,
         "told": dict(told),
         "p95": sorted(latencies)[int(0.95 * (len(latencies) - 1))] if latencies else None,
-        "memory_first": settled[0],
-        "memory_last": settled[-1],
-        "memory_peak": max(size for _, size in held),
+        "memory": kept(series, seconds),
+        "series": series,
+    }
+
+
+async def watch(client: httpx.AsyncClient, process: int, every: float, series: list[Sample]) -> None:
+    """Append to `series` every so many seconds, until it is cancelled."""
+    started = time.monotonic()
+    while True:
+        page = (await client.get("/metrics")).text
+        rows = sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("ingot_running_rows{"))
+        size = max(memory(process, "VmRSS"))  # of the process with the model
+        series.append({"at": round(time.monotonic() - started, 1), "bytes": size, "rows": int(rows)})
+        await asyncio.sleep(every)
+
+
+def kept(series: Sequence[Sample], seconds: float) -> dict[str, float | None]:
+    """Bytes before, at most and at rest; `full` and `last`: medians of a tenth of the seconds in which requests were
+    sent, from when the running batch was first full, and of the last tenth. None: it was not full before that.
+    """
+    window, most = seconds / 10, max(one["rows"] for one in series)
+    full = next(one["at"] for one in series if one["rows"] >= FULL_ROWS * most)
+
+    def median(start: float) -> float | None:
+        found = [one["bytes"] for one in series if start <= one["at"] < start + window]
+        return statistics.median(found) if found else None
+
+    return {
+        "before": series[0]["bytes"],
+        "full_at": full,
+        "full": median(full) if full + window <= seconds - window else None,
+        "last": median(seconds - window),
+        "peak": max(one["bytes"] for one in series),
+        "at_rest": series[-1]["bytes"],
     }
 
 
@@ -138,7 +175,7 @@ async def soak(url: str, process: int, folder: Path, size: Size, args: argparse.
             return time.perf_counter() - began
 
         over = await overload(client, requests, 2 * rate, args.minutes * 60, process)
-        print(f"overload: {over}", flush=True)
+        print(f"overload: {over['told']}, memory {over['memory']}", flush=True)
         after_overload = await answered()
         left = await leaving(client, requests, args.leavers)
         after_leaving = await answered()
@@ -165,8 +202,14 @@ def faults(found: dict[str, Any]) -> list[str]:
     said = [f"{count} requests: {what}" for what, count in wrong.items()]
     if sum(over["told"].values()) != over["sent"]:
         said.append(f"{over['sent']} requests were sent and {sum(over['told'].values())} ended")
-    if over["memory_last"] > GROWTH * over["memory_first"]:
-        said.append(f"memory grew from {over['memory_first']:,} to {over['memory_last']:,} bytes")
+    first, last = over["memory"]["full"], over["memory"]["last"]
+    if first is None or last is None:
+        said.append("the running batch was not full long enough to tell whether memory grows")
+    elif last > GROWTH * first:
+        said.append(f"memory grew from {first:,.0f} to {last:,.0f} bytes while the running batch was full")
+    before, rest = over["memory"]["before"], over["memory"]["at_rest"]
+    if rest > GROWTH * before:
+        said.append(f"memory at rest grew from {before:,} to {rest:,} bytes")
     if found["ready"] != 200:
         said.append(f"/ready says {found['ready']} afterwards")
     return said
