@@ -28,7 +28,7 @@ from serve_work import FULL, QUICK, Size, expected, prepare, writing
 HERE = Path(__file__).resolve().parent
 REFUSALS = (429, 503)
 Sample = dict[str, Any]  # at (s), bytes, rows
-GROWTH = 1.10  # of memory, once the running batch is full, and from rest to rest
+GROWTH = 1.10  # of memory while requests are sent, as it grows once the running batch is full
 SAMPLES = 120  # of memory while requests are sent; a window is a tenth of them
 FULL_ROWS = 0.9  # of the most rows that ever ran together
 
@@ -96,7 +96,8 @@ async def watch(client: httpx.AsyncClient, process: int, every: float, series: l
 
 def kept(series: Sequence[Sample], seconds: float) -> dict[str, float | None]:
     """Bytes before, at most and at rest; `full` and `last`: medians of a tenth of the seconds in which requests were
-    sent, from when the running batch was first full, and of the last tenth. None: it was not full before that.
+    sent, from when the running batch was first full, and of the last tenth; `growth`: from the one to the other, as it
+    would be in all those seconds. None: the batch was not full long enough.
     """
     window, most = seconds / 10, max(one["rows"] for one in series)
     full = next(one["at"] for one in series if one["rows"] >= FULL_ROWS * most)
@@ -105,11 +106,16 @@ def kept(series: Sequence[Sample], seconds: float) -> dict[str, float | None]:
         found = [one["bytes"] for one in series if start <= one["at"] < start + window]
         return statistics.median(found) if found else None
 
+    first, last, between = median(full), median(seconds - window), seconds - window - full
+    growth = None
+    if first is not None and last is not None and between >= window:
+        growth = (last / first) ** (seconds / between)
     return {
         "before": series[0]["bytes"],
         "full_at": full,
-        "full": median(full) if full + window <= seconds - window else None,
-        "last": median(seconds - window),
+        "full": first,
+        "last": last,
+        "growth": growth,
         "peak": max(one["bytes"] for one in series),
         "at_rest": series[-1]["bytes"],
     }
@@ -202,14 +208,11 @@ def faults(found: dict[str, Any]) -> list[str]:
     said = [f"{count} requests: {what}" for what, count in wrong.items()]
     if sum(over["told"].values()) != over["sent"]:
         said.append(f"{over['sent']} requests were sent and {sum(over['told'].values())} ended")
-    first, last = over["memory"]["full"], over["memory"]["last"]
-    if first is None or last is None:
+    growth = over["memory"]["growth"]
+    if growth is None:
         said.append("the running batch was not full long enough to tell whether memory grows")
-    elif last > GROWTH * first:
-        said.append(f"memory grew from {first:,.0f} to {last:,.0f} bytes while the running batch was full")
-    before, rest = over["memory"]["before"], over["memory"]["at_rest"]
-    if rest > GROWTH * before:
-        said.append(f"memory at rest grew from {before:,} to {rest:,} bytes")
+    elif growth > GROWTH:
+        said.append(f"memory grows to {growth:.3f} of itself while requests are sent to a full batch")
     if found["ready"] != 200:
         said.append(f"/ready says {found['ready']} afterwards")
     return said
