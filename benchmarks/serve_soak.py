@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +27,10 @@ from serve_work import FULL, QUICK, Size, expected, prepare, writing
 
 HERE = Path(__file__).resolve().parent
 REFUSALS = (429, 503)
-GROWTH = 1.10  # of memory, from the first minute of the overload to its end
+Sample = dict[str, Any]  # at (s), bytes, rows
+GROWTH = 1.10  # of memory while requests are sent, as it grows once the running batch is full
+SAMPLES = 120  # of memory while requests are sent; a window is a tenth of them
+FULL_ROWS = 0.9  # of the most rows that ever ran together
 
 
 async def overload(
@@ -35,7 +39,7 @@ async def overload(
     """Send `rate` requests a second, whether answers come or not."""
     told: Counter[str] = Counter()
     latencies: list[float] = []
-    held: list[tuple[float, int]] = []
+    series: list[Sample] = []
     running: set[asyncio.Task[None]] = set()
 
     async def one(request: dict[str, Any]) -> None:
@@ -55,10 +59,11 @@ async def overload(
             told[f"status {answer.status_code}"] += 1
 
     started = time.monotonic()
+    watcher = asyncio.create_task(watch(client, process, seconds / SAMPLES, series))
     sent = 0
     while (now := time.monotonic() - started) < seconds:
-        if not held or now - held[-1][0] >= 5:
-            held.append((now, max(memory(process, "VmRSS"))))  # of the process with the model
+        if watcher.done():
+            await watcher  # what it failed of
         while sent < now * rate:
             task = asyncio.create_task(one(requests[sent % len(requests)]))
             running.add(task)
@@ -66,15 +71,53 @@ async def overload(
             sent += 1
         await asyncio.sleep(0.01)
     await asyncio.gather(*running)
-    settled = [size for at, size in held if at >= min(60.0, seconds / 3)]
+    await asyncio.sleep(2 * seconds / SAMPLES)  # a sample of it at rest
+    watcher.cancel()
     return {
         "sent": sent,
         "rate": rate,
         "told": dict(told),
         "p95": sorted(latencies)[int(0.95 * (len(latencies) - 1))] if latencies else None,
-        "memory_first": settled[0],
-        "memory_last": settled[-1],
-        "memory_peak": max(size for _, size in held),
+        "memory": kept(series, seconds),
+        "series": series,
+    }
+
+
+async def watch(client: httpx.AsyncClient, process: int, every: float, series: list[Sample]) -> None:
+    """Append to `series` every so many seconds, until it is cancelled."""
+    started = time.monotonic()
+    while True:
+        page = (await client.get("/metrics")).text
+        rows = sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("ingot_running_rows{"))
+        size = max(memory(process, "VmRSS"))  # of the process with the model
+        series.append({"at": round(time.monotonic() - started, 1), "bytes": size, "rows": int(rows)})
+        await asyncio.sleep(every)
+
+
+def kept(series: Sequence[Sample], seconds: float) -> dict[str, float | None]:
+    """Bytes before, at most and at rest; `full` and `last`: medians of a tenth of the seconds in which requests were
+    sent, from when the running batch was first full, and of the last tenth; `growth`: from the one to the other, as it
+    would be in all those seconds. None: the batch was not full long enough.
+    """
+    window, most = seconds / 10, max(one["rows"] for one in series)
+    full = next(one["at"] for one in series if one["rows"] >= FULL_ROWS * most)
+
+    def median(start: float) -> float | None:
+        found = [one["bytes"] for one in series if start <= one["at"] < start + window]
+        return statistics.median(found) if found else None
+
+    first, last, between = median(full), median(seconds - window), seconds - window - full
+    growth = None
+    if first is not None and last is not None and between >= window:
+        growth = (last / first) ** (seconds / between)
+    return {
+        "before": series[0]["bytes"],
+        "full_at": full,
+        "full": first,
+        "last": last,
+        "growth": growth,
+        "peak": max(one["bytes"] for one in series),
+        "at_rest": series[-1]["bytes"],
     }
 
 
@@ -138,7 +181,7 @@ async def soak(url: str, process: int, folder: Path, size: Size, args: argparse.
             return time.perf_counter() - began
 
         over = await overload(client, requests, 2 * rate, args.minutes * 60, process)
-        print(f"overload: {over}", flush=True)
+        print(f"overload: {over['told']}, memory {over['memory']}", flush=True)
         after_overload = await answered()
         left = await leaving(client, requests, args.leavers)
         after_leaving = await answered()
@@ -165,8 +208,11 @@ def faults(found: dict[str, Any]) -> list[str]:
     said = [f"{count} requests: {what}" for what, count in wrong.items()]
     if sum(over["told"].values()) != over["sent"]:
         said.append(f"{over['sent']} requests were sent and {sum(over['told'].values())} ended")
-    if over["memory_last"] > GROWTH * over["memory_first"]:
-        said.append(f"memory grew from {over['memory_first']:,} to {over['memory_last']:,} bytes")
+    growth = over["memory"]["growth"]
+    if growth is None:
+        said.append("the running batch was not full long enough to tell whether memory grows")
+    elif growth > GROWTH:
+        said.append(f"memory grows to {growth:.3f} of itself while requests are sent to a full batch")
     if found["ready"] != 200:
         said.append(f"/ready says {found['ready']} afterwards")
     return said

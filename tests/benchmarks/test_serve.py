@@ -58,13 +58,44 @@ def test_the_chain_goes_on_behind_the_prompt(bench: dict[str, ModuleType]) -> No
         ({"told": {"right": 8, "status 500": 2}}, "2 requests: status 500"),
         ({"told": {"right": 8, "ReadError": 2}}, "2 requests: ReadError"),
         ({"told": {"right": 9}}, "10 requests were sent and 9 ended"),
-        ({"memory_last": 121}, "memory grew from 100 to 121 bytes"),
+        ({"memory": {"growth": 1.101}}, "memory grows to 1.101 of itself while requests are sent to a full batch"),
+        (
+            {"memory": {"growth": None}},
+            "the running batch was not full long enough to tell whether memory grows",
+        ),
     ],
 )
 def test_faults_of_an_overload(bench: dict[str, ModuleType], change: dict[str, Any], words: str) -> None:
-    over = {"sent": 10, "told": {"right": 6, "refused 503": 4}, "memory_first": 100, "memory_last": 109}
+    over = {"sent": 10, "told": {"right": 6, "refused 503": 4}, "memory": {"growth": 1.1}}
     assert bench["serve_soak"].faults({"overload": over, "ready": 200}) == []
     assert bench["serve_soak"].faults({"overload": over | change, "ready": 200}) == [words]
+
+
+def memory_of(kept_a_minute: float) -> list[dict[str, Any]]:
+    """Ten minutes: 60 at rest, before and after; 100 while 64 rows run, a tenth more or less for a moment."""
+    found = []
+    for place in range(123):
+        rows = min(64, 4 * place) if place < 122 else 0
+        size = 60 + 40 * rows / 64 + 10 * (-1) ** place * (rows == 64 and place % 7 == 3)
+        found.append({"at": 5.0 * place, "rows": rows, "bytes": size * (1 + kept_a_minute) ** (place / 12)})
+    return found
+
+
+@pytest.mark.parametrize(("kept_a_minute", "faults"), [(0.0, 0), (0.005, 0), (0.01, 1), (0.02, 1)])
+def test_memory_that_is_kept_is_seen(bench: dict[str, ModuleType], kept_a_minute: float, faults: int) -> None:
+    memory = bench["serve_soak"].kept(memory_of(kept_a_minute), 600.0)
+    over = {"sent": 1, "told": {"right": 1}, "memory": memory}
+    found = bench["serve_soak"].faults({"overload": over, "ready": 200})
+    assert len(found) == faults
+    assert all(words.startswith("memory") for words in found)
+
+
+def test_memory_counts_from_when_the_batch_is_full(bench: dict[str, ModuleType]) -> None:
+    found = bench["serve_soak"].kept(memory_of(0.0), 600.0)
+    sizes = {"before": 60, "full": 100, "last": 100, "peak": 110, "at_rest": 60}
+    assert found == sizes | {"full_at": 75.0, "growth": 1.0}
+    late = [one | {"rows": one["rows"] // 2 if one["at"] < 500 else one["rows"]} for one in memory_of(0.0)]
+    assert bench["serve_soak"].kept(late, 600.0)["growth"] is None
 
 
 @pytest.mark.slow

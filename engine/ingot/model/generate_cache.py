@@ -3,7 +3,8 @@
 transformers' own cache copies all keys and values of a layer for each new token, and for each row that leaves. Here a
 token is written into a buffer that has room for it, a row that leaves is overwritten by the last one, and a row that
 comes is written behind it. While rows of a model of 42 million parameters joined and left at 64 rows, copies took 26 %
-of the time that way, and 9 % here. Self-contained: torch, transformers.
+of the time that way, and 9 % here. Buffers that are large enough stay: new ones every few tokens come to lie elsewhere,
+and memory grew by the holes between them. Self-contained: torch, transformers.
 """
 
 # B rows, H heads, T tokens held, D width of a head
@@ -32,17 +33,23 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[: self._rows, :, self._start : self._end] for buffer in self._buffers)
 
     def _renew(self, rows: int, tokens: int, room: int = ROOM) -> None:
-        """Buffers for so many rows, and so many tokens up to the last one; room behind it."""
-        held, capacity = self._end - self._start, self._buffers[0].shape[0]
+        """Place for so many rows, and so many tokens up to the last one; room behind it. Buffers that have it stay."""
+        held, wanted = self._end - self._start, tokens + room
+        capacity, _, length, _ = self._buffers[0].shape
         if not rows <= capacity <= 2 * rows:
             capacity = rows + rows // SPARE_ROWS
-        fresh = []
+        if not wanted <= length <= 2 * wanted:
+            length = wanted
+        renewed = []
         for buffer in self._buffers:
-            _, heads, _, width = buffer.shape
-            new = buffer.new_empty(capacity, heads, tokens + room, width)
-            new[: self._rows, :, tokens - held : tokens] = buffer[: self._rows, :, self._start : self._end]
-            fresh.append(new)
-        self._buffers = (fresh[0], fresh[1])
+            states = buffer[: self._rows, :, self._start : self._end]
+            if buffer.shape[0] == capacity and buffer.shape[2] == length:
+                new, states = buffer, states.clone()  # its place may overlap it
+            else:
+                new = buffer.new_empty(capacity, buffer.shape[1], length, buffer.shape[3])
+            new[: self._rows, :, tokens - held : tokens] = states
+            renewed.append(new)
+        self._buffers = (renewed[0], renewed[1])
         self._start, self._end = tokens - held, tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """The engine of models that write: rows of all requests are written together, and join and leave between two tokens."""
 
+import ctypes
 import os
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ class ContinuousEngine(WritingWorker):
         self._pad = pad_id(runtime.tokenizer)
         self._batch: Batch | None = None
         self._patience = 0
+        self._wrote = False  # since memory was last given back
         self._pass_tokens = pass_tokens(next(model.parameters()).device)
         self.cache_tokens = (limits or Limits()).cache_tokens or free_tokens(model)
         super().__init__(runtime, limits, meter)
@@ -56,8 +59,7 @@ class ContinuousEngine(WritingWorker):
 
     def _turn(self) -> None:
         with self._changed:
-            if not self._waiting and self._batch is None:
-                self._changed.wait(0.1)
+            idle = not self._waiting and self._batch is None and not self._changed.wait(0.1)
             job = next((ticket for ticket in self._waiting if isinstance(ticket, Job)), None)
             if job is not None:
                 self._waiting.remove(job)
@@ -66,6 +68,9 @@ class ContinuousEngine(WritingWorker):
                 self._patience = 0
         if job is not None:
             self._perform(job)
+        if idle and self._wrote:
+            self._wrote = False
+            give_back()
         with torch.inference_mode():
             for places in alike([len(row.prompt) for row in entering], self._pass_tokens):
                 self._write([entering[place] for place in places])
@@ -109,7 +114,7 @@ class ContinuousEngine(WritingWorker):
 
     def _write(self, entering: list[Row]) -> None:
         """One token for the rows that enter, else for those that run."""
-        began, model = time.perf_counter(), self.runtime.model
+        began, model, self._wrote = time.perf_counter(), self.runtime.model, True
         running = None if entering else self._batch
         try:
             if running is None:
@@ -174,3 +179,9 @@ def free_tokens(model: Any) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(4096, min(1_048_576, free // 4 // token_bytes(model)))
+
+
+def give_back() -> None:
+    """Hand free memory back to the system: by itself, glibc keeps what lies before anything that stays."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

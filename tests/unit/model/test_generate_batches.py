@@ -166,6 +166,26 @@ def test_a_layer_has_room_for_tokens_to_come() -> None:
     assert cache.get_seq_length() == reference.get_seq_length() == 5 + ROOM + 1
 
 
+def test_buffers_of_a_full_batch_stay() -> None:
+    cache = DynamicCache()
+    cache.update(torch.zeros(8, 2, 60, 4), torch.zeros(8, 2, 60, 4), 0)
+    assert growing(cache)
+    layer: Any = cache.layers[0]
+    places = set()
+    for token in range(20 * ROOM):
+        cache.update(torch.full((8, 2, 1, 4), float(token)), torch.zeros(8, 2, 1, 4), 0)
+        cut(cache, 1)
+        places.add(layer._buffers[0].data_ptr())
+    assert layer.keys[0, 0, :, 0].tolist() == [float(token) for token in range(20 * ROOM - 60, 20 * ROOM)]
+    assert len(places) == 1
+    cut(cache, 59)
+    shrink(cache, [], 2)
+    for _ in range(3 * ROOM):
+        cache.update(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 4), 0)
+        cut(cache, 1)
+    assert layer._buffers[0].shape == (2, 2, 1 + 1 + ROOM, 4)  # a small batch does not keep what a large one needed
+
+
 def test_rows_that_leave_and_join_are_those_of_lists() -> None:
     """Held against a list of each row's own keys, through any order of steps, joins, leaves and cuts."""
     draws, choices = torch.Generator().manual_seed(0), random.Random(0)

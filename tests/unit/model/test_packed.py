@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ingot.model import packed
-from ingot.model.packed import PackedLinear, pack, packs
+from ingot.model.packed import PackedLinear, pack, packs, rounded
 from ingot.model.runtime import Runtime
 from ingot.model.side_by_side import side_by_side
 from ingot.serving.engines import start_engine
@@ -31,6 +31,29 @@ def test_it_multiplies_as_the_plain_layer(rows: int, biased: bool) -> None:
         for inputs in (states, states[:, -1:], states.transpose(0, 1), states[0, 0]):
             torch.testing.assert_close(one(inputs), linear(inputs))
     assert torch.equal(one.weight, linear.weight)
+
+
+def test_few_numbers_of_rows_are_multiplied() -> None:
+    assert [rounded(rows) for rows in (1, 2, 15, 16, 17, 64, 65, 1000)] == [1, 2, 15, 16, 18, 64, 72, 1024]
+    assert all(rows <= rounded(rows) <= rows * 9 / 8 for rows in range(1, 5000))
+    assert len({rounded(rows) for rows in range(1, 1025)}) == 64
+
+
+@needs_packing
+def test_memory_does_not_grow_with_the_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    met, multiplied = set(), packed._multiplied
+
+    def counted(inputs: torch.Tensor, *others: Any) -> torch.Tensor:
+        met.add(inputs.shape[:-1].numel())
+        return multiplied(inputs, *others)
+
+    monkeypatch.setattr(packed, "_multiplied", counted)
+    linear = nn.Linear(8, 16)
+    one, states = PackedLinear(linear), torch.randn(2, 300, 8)
+    with torch.inference_mode():
+        for tokens in range(1, 301):
+            torch.testing.assert_close(one(states[:, :tokens]), linear(states[:, :tokens]))
+    assert len(met) < 60
 
 
 @needs_packing

@@ -12,7 +12,7 @@ import pytest
 from ingot.model import answers
 from ingot.model.runtime import Runtime
 from ingot.model.sampling import Generation, InputError, Sampling
-from ingot.serving import worker
+from ingot.serving import continuous, worker
 from ingot.serving.engine import ClosedError, DeadlineError, Engine, Limits, QueueFullError
 from ingot.serving.engines import start_engine
 from ingot.serving.record import Record, begin
@@ -261,6 +261,15 @@ def test_rows_of_several_requests_share_the_passes(writer: Engine, monkeypatch: 
     assert [one for [one] in asyncio.run(scene())] == wanted
     assert len(seen) < 12 * 3
     assert max(rows for rows, _ in seen) > 2
+
+
+def test_memory_is_given_back_once_nothing_runs(writer: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[int] = []
+    monkeypatch.setattr(continuous, "give_back", lambda: running.append(writer.load().running))
+    for _ in range(2):
+        asyncio.run(writer.write([PROMPT, PROMPT], [Sampling(3)] * 2))
+        time.sleep(0.5)
+    assert running == [0, 0]
 
 
 def test_a_seeded_answer_does_not_depend_on_who_shares_the_batch(writer: Engine) -> None:
