@@ -21,6 +21,10 @@ class Serve(Section):
     engine: Literal["auto", "own", "vllm"] | None = None
     """What runs the model: our own engines, or vLLM. auto: vLLM for models that write, where it is installed and there
     is a GPU. None: auto for `ingot serve`, own for the question of `ingot run`."""
+    passes: Literal["auto", "threads", "processes"] | None = None
+    """Where a model that answers a row in one pass runs on a CPU: on threads of the server, or in processes, a core
+    each, which hold the model each. auto: in processes, where memory allows it. None: auto for `ingot serve`, threads
+    for the question of `ingot run`."""
     keys: str | None = None
     """File of keys that callers must send: `ingot keys add`. From where the command is typed."""
     requests_per_minute: Positive | None = None

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,8 @@ def ask_endpoint(run: Run, progress: Progress) -> None:
     started, section = time.perf_counter(), run.recipe.serve
     facts = json.loads((run.model / "ingot.json").read_text(encoding="utf-8"))
     with progress.stage("serve", total=1, unit="questions") as bar:
-        question, options = section.question or facts["example"], Options.of(section)
+        question = section.question or facts["example"]
+        options = replace(Options.of(section), passes=section.passes or "threads")
         with Endpoint(
             servable(run.folder), section.host, section.port or 0, engine=section.engine or "own", options=options
         ) as endpoint:

@@ -1,10 +1,9 @@
 """Whether the model's proofs fit into this machine: they hold the model whole, on one device."""
 
-from pathlib import Path
-
 import torch
 
 from ingot.model.load import load_model, resolve_dtype
+from ingot.model.memory import free_bytes
 
 from .subject import Subject
 
@@ -28,14 +27,3 @@ def no_room(subject: Subject) -> str | None:
         f"about {needed / 2**30:.0f} GiB for {n_weights / 1e9:.1f} billion weights, and {free / 2**30:.0f} GiB are free"
     )
     return f"model: not tried, its proofs take {gib} on this {device.type}; run `ingot check` on a larger machine"
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a GPU, or of the host; None where it cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -12,6 +12,7 @@ from ingot.model.folder import describe
 from ingot.model.runtime import WRITING, Runtime
 from ingot.serving.continuous import ContinuousEngine
 from ingot.serving.engine import Engine, Limits, Meter
+from ingot.serving.passes import Passes
 from ingot.serving.static import StaticEngine
 
 Wanted = Literal["auto", "own", "vllm"]
@@ -34,7 +35,10 @@ def by_vllm(wanted: Wanted, folder: Path) -> bool:
     return True
 
 
-def start_engine(runtime: Runtime, limits: Limits | None = None, meter: Meter | None = None) -> Engine:
-    """An engine of our own at work: its warm-up has begun."""
-    kind = ContinuousEngine if runtime.task in WRITING else StaticEngine
-    return kind(runtime, limits, meter)
+def start_engine(
+    runtime: Runtime, limits: Limits | None = None, meter: Meter | None = None, passes: Passes | None = None
+) -> Engine:
+    """An engine of our own at work: its warm-up has begun. `passes`: of a model that does not write; None: threads."""
+    if runtime.task in WRITING:
+        return ContinuousEngine(runtime, limits, meter)
+    return StaticEngine(runtime, limits, meter, passes)

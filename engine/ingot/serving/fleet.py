@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from ingot.errors import ServeError
 from ingot.model.adapted import is_packaged_adapter
@@ -17,6 +17,7 @@ from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.endpoint_file import NAME, EndpointSection
 from ingot.serving.engine import Engine, Limits, Meter
 from ingot.serving.engines import Wanted, by_vllm, start_engine
+from ingot.serving.passes import Passes, Processes, beside, obstacle
 from ingot.serving.replay import Stored
 from ingot.serving.versions import Versioned
 from ingot.serving.vllm_engine import VllmEngine
@@ -25,6 +26,8 @@ from ingot.serving.weights import Weights
 
 log = logging.getLogger("ingot.serve")
 
+Where = Literal["auto", "threads", "processes"]
+Found = TypeVar("Found")
 LEAST_TOKENS = 1024  # of keys and values for each of several models
 
 
@@ -95,7 +98,7 @@ def named_models(fleet: Fleet) -> dict[str, Target]:
     return found
 
 
-def load(target: Path, read: Callable[[Path], Runtime] = Runtime.load) -> Runtime:
+def load(target: Path, read: Callable[[Path], Found]) -> Found:
     """The model of a target. Raises ServeError."""
     folder = find_model_folder(target)
     try:
@@ -111,27 +114,49 @@ class Loaded:
     runtime: Runtime
     vllm: Vllm | None = None
     adapter: str | None = None
+    passes: Passes | None = None
 
     def start(self, limits: Limits, own: Limits, meter: Meter) -> Engine:
         """Its engine. `own`: the limits of our own."""
         if self.vllm is None:
-            return start_engine(self.runtime, own, meter)
+            return start_engine(self.runtime, own, meter, self.passes)
         return VllmEngine(self.runtime, self.vllm, limits, meter, self.adapter)
 
 
-def _open(target: Path, engine: Wanted, limits: Limits, adapters: Mapping[str, Path], share: float) -> Loaded:
+def _open(
+    target: Path, engine: Wanted, limits: Limits, adapters: Mapping[str, Path], share: float, where: Where
+) -> Loaded:
     folder = find_model_folder(target)
     if not by_vllm(engine, folder):
-        return Loaded(load(target))
+        runtime = load(target, Runtime.load)
+        return Loaded(runtime, passes=None if adapters else _processes(runtime, target, where))
     runtime = load(target, without_weights)
     log.info("vLLM runs a model", extra={"fields": {"model": folder.name, "gpu_memory": share, "engine": engine}})
     return Loaded(runtime, Vllm(folder, runtime, limits, adapters, share))
 
 
+def _processes(runtime: Runtime, target: Path, where: Where) -> Passes | None:
+    """Processes for the passes of a model, which this one then holds no more; None: threads. Raises ServeError."""
+    why = obstacle(runtime) if where != "threads" else "unwanted"
+    if why is not None:
+        if where == "processes" and runtime.task not in WRITING:
+            raise ServeError("--passes", where, f"{target.name}: {why}; use threads")
+        return None
+    count = beside(runtime)
+    passes = load(target, lambda folder: Processes(folder, count))
+    runtime.model.to("meta")
+    return passes
+
+
 def deploy(
-    fleet: Fleet, limits: Limits, meter: Callable[[str], Meter], engine: Wanted = "own"
+    fleet: Fleet,
+    limits: Limits,
+    meter: Callable[[str], Meter],
+    engine: Wanted = "own",
+    where: Where = "threads",
 ) -> tuple[Deployments, dict[Deployed, Sequence[Stored]]]:
     """Load everything and start its engines: (what is served, rows to prove it by). `meter`: of a model's name.
+    `where`: passes of models that do not write; auto: in processes, where they can be.
 
     Raises ServeError, and ModelError for an adapter that cannot stand beside others, or a model that vLLM cannot run.
     """
@@ -139,7 +164,7 @@ def deploy(
     share = round(MEMORY / (len(models) + len(fleet.versions)), 3)
 
     def opened(targets: Mapping[str, Target]) -> dict[str, Loaded]:
-        return {name: _open(it.folder, engine, limits, fleet.adapters, share) for name, it in targets.items()}
+        return {name: _open(it.folder, engine, limits, fleet.adapters, share, where) for name, it in targets.items()}
 
     loaded, versions = opened(models), opened(fleet.versions)
     adapted: dict[str, Loaded] = {}

@@ -28,7 +28,7 @@ from ingot.serving.connection import Patient
 from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.engine import Limits
 from ingot.serving.engines import Wanted
-from ingot.serving.fleet import Fleet, Target, deploy
+from ingot.serving.fleet import Fleet, Target, Where, deploy
 from ingot.serving.gate import BODY_S, MAX_BODY_BYTES, Rules
 from ingot.serving.keys import KEY_VARIABLE, Keyring
 from ingot.serving.listening import bind, keyring, url_of
@@ -62,6 +62,7 @@ class Options:
     log_format: Format = "text"
     admin_key: str | None = field(default=None, repr=False)
     engine: Wanted = "auto"
+    passes: Where = "threads"
     otel: str | None = None  # a collector's address; None: OpenTelemetry's own variables say whether there is one
 
     @classmethod
@@ -86,6 +87,7 @@ class Options:
             log_format=section.log_format,
             admin_key=admin_key,
             engine=section.engine or "auto",
+            passes=section.passes or "auto",
             otel=otel,
         )
 
@@ -178,7 +180,7 @@ def _start(
 ) -> tuple[DrainingServer, Deployments]:
     """A server whose models have answered. Raises ServeError."""
     metrics, traces = Metrics(), traces_to(options.otel)
-    deployments, stored = deploy(fleet, options.limits, metrics.of, options.engine)
+    deployments, stored = deploy(fleet, options.limits, metrics.of, options.engine, options.passes)
     deployments.wait_ready(WARM_UP_S)
     if not deployments.working:
         deployments.close()

@@ -1,27 +1,22 @@
 """The engine of models that answer a row by one pass: rows of several requests are answered together."""
 
-import copy
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
-import torch
-
 from ingot.model.generate import context_limit
-from ingot.model.running import alike, pass_tokens
+from ingot.model.running import alike
 from ingot.model.runtime import Runtime
 from ingot.model.sampling import Generation, InputError, Sampling
 from ingot.model.task_schemas import TASKS
 from ingot.serving.engine import Limits, Load, Meter, now
+from ingot.serving.passes import Passes, Threads
 from ingot.serving.record import current
 from ingot.serving.worker import Job, Ticket, Worker
 
 CHARACTERS = 4  # a token, where nothing has been encoded yet
-SEVERAL_PASSES = ("summarization", "translation")
-BESIDE = 8  # passes at most; each has a tokenizer of its own
 
 
 def estimated_tokens(value: Any) -> int:
@@ -77,52 +72,21 @@ class Group:
         return Group([self.asked[place] for place in mine], self.params, [self.sizes[place] for place in mine])
 
 
-class Passes:
-    """Passes through one model: on a CPU `beside` each other, each with its share of the threads.
-
-    Threads of one pass wait for each other at every layer, and longest where other programs use the cores, too. 64
-    questions to a BERT of 6 layers in 4 groups on 2 busy cores: 19 ms a row one after the other with two threads, 6 ms
-    side by side.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        model: Any = runtime.model
-        alone = next(model.parameters()).device.type != "cpu" or runtime.task in SEVERAL_PASSES
-        self._threads = torch.get_num_threads()
-        self.beside = 1 if alone else min(self._threads, BESIDE)
-        self._free: SimpleQueue[Runtime] = SimpleQueue()
-        for _ in range(self.beside):  # a tokenizer refuses a second thread while it is set to cut texts
-            self._free.put(Runtime(model, copy.deepcopy(runtime.tokenizer), runtime.about))
-        # A thread that has not asked for their number takes that of the process again at its first operation.
-        self._pool = ThreadPoolExecutor(self.beside, "ingot-pass", torch.get_num_threads)
-
-    def begin(self, group: Group, *, alone: bool) -> Future[list[dict[str, Any]]]:
-        """Answer the rows of `group`. `alone`: with all threads."""
-        rows = [ticket.rows[place] for ticket, place in group.asked]
-        return self._pool.submit(self._answer, rows, group.params, self._threads // (1 if alone else self.beside))
-
-    def _answer(self, rows: list[dict[str, Any]], params: dict[str, Any], threads: int) -> list[dict[str, Any]]:
-        torch.set_num_threads(threads)  # of this thread
-        runtime = self._free.get()
-        try:
-            return runtime.answer(rows, params)
-        finally:
-            self._free.put(runtime)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
 class StaticEngine(Worker):
     """See `Engine`. A pass begins as soon as there is room: up to `batch_tokens` of rows that ask for the same."""
 
-    def __init__(self, runtime: Runtime, limits: Limits | None = None, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        limits: Limits | None = None,
+        meter: Meter | None = None,
+        passes: Passes | None = None,
+    ) -> None:
         self._company = False
         self._running: dict[Future[list[dict[str, Any]]], Group] = {}
         self._finished: list[Future[list[dict[str, Any]]]] = []
         self._again: deque[Group] = deque()  # parts of a group that failed
-        self._passes, self._spare = Passes(runtime), pass_tokens(next(runtime.model.parameters()).device)
+        self._passes = passes or Threads(runtime)
         super().__init__(runtime, limits, meter)
 
     async def answer(
@@ -181,7 +145,7 @@ class StaticEngine(Worker):
         mask = str(getattr(self.runtime.tokenizer, "mask_token", None) or "")
         example = TASKS[self.runtime.task].example.items()
         row = {name: it.replace("[MASK]", mask) if isinstance(it, str) else it for name, it in example}
-        self.runtime.answer([row], {})
+        self._passes.prove(row)
 
     def _turn(self) -> None:
         with self._changed:
@@ -234,23 +198,33 @@ class StaticEngine(Worker):
         if not isinstance(first, Asking):
             return None
         alike_ones = [one for one in self._waiting if isinstance(one, Asking) and one.params == first.params]
-        room, chosen = self.limits.batch_tokens, list[tuple[Asking, int, int]]()
+        room, chosen = self._room(alike_ones), list[tuple[Asking, int, int]]()
         for ticket, place, size in ((one, *row) for one in alike_ones for row in one.todo):
             if chosen and size > room:
                 break
             chosen.append((ticket, place, size))
             room -= size
-        groups = alike([size for _, _, size in chosen], self._spare)
-        taken = [chosen[index] for index in next((group for group in groups if 0 in group), [])]
+        taken = chosen
+        if self._passes.spare is not None:
+            groups = alike([size for _, _, size in chosen], self._passes.spare)
+            taken = [chosen[index] for index in next((group for group in groups if 0 in group), [])]
         for ticket, place, size in taken:
             ticket.take(place, size)
         self._company = len(alike_ones) > 1 or bool(self._running)
         self._waiting = deque(one for one in self._waiting if not isinstance(one, Asking) or one.todo)
         return Group([(ticket, place) for ticket, place, _ in taken], first.params, [size for *_, size in taken])
 
+    def _room(self, waiting: Sequence[Asking]) -> int:
+        """Tokens that a pass may take. Rows of any length share one without padding, so the first must not take all."""
+        if self._passes.spare is not None:
+            return self.limits.batch_tokens
+        share = sum(one.tokens for one in waiting) // (self._passes.beside - len(self._running))
+        return min(self.limits.batch_tokens, share)
+
     def _begin(self, group: Group) -> None:
         group.began = self._turned = now()
-        job = self._passes.begin(group, alone=not self._running and not self._waiting)
+        rows = [ticket.rows[place] for ticket, place in group.asked]
+        job = self._passes.begin(rows, group.params, alone=not self._running and not self._waiting)
         self._running[job] = group
         job.add_done_callback(self._arrive)
 

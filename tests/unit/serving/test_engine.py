@@ -519,8 +519,9 @@ def test_no_answer_is_longer_than_the_server_writes(
 @pytest.fixture
 def grouping(mean_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """Two passes side by side where rows differ by more than 8 tokens."""
-    monkeypatch.setattr("ingot.serving.static.torch.get_num_threads", lambda: 2)
-    monkeypatch.setattr("ingot.serving.static.pass_tokens", lambda _device: 8)
+    monkeypatch.setattr("ingot.serving.passes.torch.get_num_threads", lambda: 2)
+    monkeypatch.setattr("ingot.serving.passes.pass_tokens", lambda _device: 8)
+    monkeypatch.setattr("ingot.serving.passes.unpad", lambda _model: False)
     runtime = Runtime.load(mean_folder)
     engine = start_engine(Runtime(runtime.model, runtime.tokenizer, runtime.about | {"max_tokens": 100}))
     assert engine.wait_ready(60)
