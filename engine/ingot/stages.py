@@ -4,7 +4,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +253,14 @@ def ask_endpoint(run: Run, progress: Progress) -> None:
     started, section = time.perf_counter(), run.recipe.serve
     facts = json.loads((run.model / "ingot.json").read_text(encoding="utf-8"))
     with progress.stage("serve", total=1, unit="questions") as bar:
-        question = section.question or facts["example"]
-        options = replace(Options.of(section), passes=section.passes or "threads")
+        question, options = section.question or facts["example"], Options.of(section)
         with Endpoint(
-            servable(run.folder), section.host, section.port or 0, engine=section.engine or "own", options=options
+            servable(run.folder),
+            section.host,
+            section.port or 0,
+            engine=section.engine or "own",
+            passes=section.passes or "threads",
+            options=options,
         ) as endpoint:
             reply = endpoint.ask(question)
         bar.advance(1)

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from ingot.model.adapted import PREFIX, TENSORS_FILE
 from ingot.model.kinds import logits_of
 from ingot.model.matrices import Matrix, matrices
 from ingot.model.quantize import QuantizedLinear
-from ingot.model.runtime import Runtime
 from ingot.recipe import Adapter, Task
 from ingot.registry import nearest
 
@@ -299,12 +298,12 @@ def read_adapter(model: PeftModel, folder: Path) -> int:
     return len(saved)
 
 
-def carry(folder: Path, names: Sequence[str], trained: Path) -> list[str]:
-    """Add the weights called `names` of the merged model in `trained` to the adapter in `folder`, whole: peft loads
-    every tensor whose name the model knows.
+def carry(folder: Path, names: Sequence[str], trained: Callable[[], Mapping[str, Tensor]]) -> list[str]:
+    """Add the weights called `names` to the adapter in `folder`, whole: peft loads every tensor whose name the model
+    knows. `trained`: reads those of the merged model, a tied tensor by all of its names, which no file has.
 
-    Where some are of a layer that the adapter updates, of which `trained` has no more than the sum, return these and
-    write nothing.
+    Where some are of a layer that the adapter updates, of which there is no more than the sum, return these and write
+    nothing.
     """
     if not names:
         return []
@@ -313,7 +312,7 @@ def carry(folder: Path, names: Sequence[str], trained: Path) -> list[str]:
     updated = tuple(f"{layer.removeprefix(PREFIX)}." for layer in layers)
     if lost := [name for name in names if name.startswith(updated)]:
         return lost
-    whole = Runtime.load(trained, "cpu").model.state_dict()  # a tied tensor by all of its names, which no file has
+    whole = trained()
     added = {PREFIX + name: whole[name].clone() for name in names}
     save_file(saved | added, folder / TENSORS_FILE, {"format": "pt"})
     return []

@@ -62,7 +62,7 @@ class Options:
     log_format: Format = "text"
     admin_key: str | None = field(default=None, repr=False)
     engine: Wanted = "auto"
-    passes: Where = "threads"
+    passes: Where = "auto"
     otel: str | None = None  # a collector's address; None: OpenTelemetry's own variables say whether there is one
 
     @classmethod
@@ -250,11 +250,12 @@ class Endpoint:
         port: int = 0,
         *,
         engine: Wanted = "own",
+        passes: Where = "threads",
         otel: str | None = None,
         options: Options | None = None,
     ) -> None:
         self.target, self.host, self.port = target, host, port
-        self.options = replace(options or Options(), engine=engine, otel=otel)
+        self.options = replace(options or Options(), engine=engine, passes=passes, otel=otel)
 
     def __enter__(self) -> Self:
         self._key, ring = os.environ.get(KEY_VARIABLE) or None, keyring(self.host, self.options.keys)
