@@ -288,7 +288,8 @@ def table(report: dict[str, Any]) -> str:
             spread = "{:.2f} to {:.2f}".format(*found["spread"][who]) if who in found["spread"] else ""
             lines.append(
                 f"| {name} ({found['requests']}, rounds: {found['rounds']}) | {who} "
-                f"| {speed['median']:.2f} | {speed['low']:.2f} to {speed['high']:.2f} | {found['p50'][who]:.3f} | {found['p95'][who]:.3f} | {ratio} | {spread} "
+                f"| {speed['median']:.2f} | {speed['low']:.2f} to {speed['high']:.2f} "
+                f"| {found['p50'][who]:.3f} | {found['p95'][who]:.3f} | {ratio} | {spread} "
                 f"| {found['peak_memory'][who] / 1e9:.2f} |"
             )
     lines += [""]
