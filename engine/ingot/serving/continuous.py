@@ -1,16 +1,14 @@
 """The engine of models that write: rows of all requests are written together, and join and leave between two tokens."""
 
-import ctypes
-import os
 import time
 from collections import deque
-from contextlib import suppress
 from typing import Any
 
 import torch
 
 from ingot.model.generate_cache import plain, token_bytes
 from ingot.model.kinds import pad_id
+from ingot.model.memory import free_bytes, give_back
 from ingot.model.packed import pack
 from ingot.model.running import Batch, accepted, alike, begin, joined, pass_tokens, step, unfinished
 from ingot.model.runtime import Runtime
@@ -173,15 +171,5 @@ class ContinuousEngine(WritingWorker):
 
 def free_tokens(model: Any) -> int:
     """Tokens whose keys and values a quarter of the free memory holds: 4,096 to 1,048,576."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_bytes(next(model.parameters()).device) or 0
     return max(4096, min(1_048_576, free // 4 // token_bytes(model)))
-
-
-def give_back() -> None:
-    """Hand free memory back to the system: by itself, glibc keeps what lies before anything that stays."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)

@@ -26,8 +26,6 @@ SEVERAL_PASSES = ("summarization", "translation")
 BESIDE = 8  # passes at most; each has a tokenizer of its own
 PROCESS_BYTES = 400_000_000  # that a process holds beside its model, mostly torch's libraries
 END_S = 5.0  # that a process has to end
-
-
 log = logging.getLogger("ingot.serve")
 
 
@@ -152,10 +150,12 @@ class Processes:
 
     def prove(self, row: dict[str, Any]) -> None:
         """See `Passes`."""
-        for one in [self._free.get() for _ in self._all]:
-            try:
+        held = [self._free.get() for _ in self._all]
+        try:
+            for one in held:
                 one.answer([row], {}, self._threads)
-            finally:
+        finally:
+            for one in held:
                 self._free.put(one)
 
     def close(self) -> None:

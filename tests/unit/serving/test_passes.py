@@ -65,6 +65,9 @@ def test_they_answer_as_threads_do_and_end_when_they_are_closed(mean_folder: Pat
     try:
         assert found.spare is None
         found.prove(ROWS[0])
+        with pytest.raises(InputError):
+            found.prove({"wrong": "row"})
+        assert found._free.qsize() == 2  # none is held afterwards
         jobs = [found.begin(ROWS, {"top_k": 2}, alone=False) for _ in range(3)]
         wanted = threads.begin(ROWS, {"top_k": 2}, alone=True).result()
         for job in jobs:
