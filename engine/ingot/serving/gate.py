@@ -9,7 +9,6 @@ import math
 import re
 import time
 import traceback
-import uuid
 from dataclasses import dataclass, field
 
 from starlette.routing import Match
@@ -20,7 +19,7 @@ from ingot.serving.keys import Key, Keyring
 from ingot.serving.listening import is_loopback
 from ingot.serving.metrics import Metrics
 from ingot.serving.quota import Quota
-from ingot.serving.record import Record, begin
+from ingot.serving.record import Record, begin, new_id
 from ingot.serving.tracing import Traces
 
 OPEN_PATHS = ("/", "/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready")  # hosts' probes send no key
@@ -259,7 +258,7 @@ def _id(headers: dict[bytes, bytes]) -> str:
         sent = headers.get(header, b"")
         if ID.fullmatch(sent):
             return sent.decode("ascii")
-    return uuid.uuid4().hex
+    return new_id()
 
 
 class _Answer:

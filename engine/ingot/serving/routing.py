@@ -6,7 +6,6 @@ import logging
 import math
 import time
 import traceback
-import uuid
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -72,7 +71,7 @@ class Routing:
             return await self.app(scope, receive, send)
         headers, kept = dict(scope["headers"]), dict(scope)  # the routes add to it
         works = scope["method"] == "POST"  # to be told of a model asks nothing of it
-        trip = Trip(id=record.current().id or uuid.uuid4().hex)
+        trip = Trip(id=record.current().id or record.new_id())
         trip.forced = headers[VERSION_HEADER].decode("latin-1") if VERSION_HEADER in headers else None
         body, answer = bytearray(), Answer()
 

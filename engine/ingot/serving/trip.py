@@ -1,16 +1,17 @@
 """What a request carries on its way to a version, and which one it came to."""
 
-import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+
+from ingot.serving.record import new_id
 
 
 @dataclass
 class Trip:
     """One request. `id` decides on the version; `forced` names it; `meant` is a model whatever else is said."""
 
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=new_id)
     forced: str | None = None
     meant: Any = None
     endpoint: Any = None

@@ -136,6 +136,10 @@ class Worker:
         """Whether something that has begun is not finished."""
         return False
 
+    def _stirs(self) -> bool:
+        """Whether a thread that waits has something to do now that a ticket has come. Called with the lock."""
+        return True
+
     def _abandon(self, error: Exception) -> None:
         """Fail everything that somebody waits for."""
         with self._changed:
@@ -202,7 +206,8 @@ class Worker:
                 raise QueueFullError(cause, retry_after(tokens / self._pace if self._pace else 1.0))
             self._waiting.append(ticket)
             self._inside.add(ticket)
-            self._changed.notify()
+            if self._stirs():
+                self._changed.notify()
 
     @contextmanager
     def _admitted(self, ticket: Ticket) -> Iterator[Ticket]:

@@ -565,3 +565,35 @@ def test_a_group_that_is_done_does_not_wait_for_the_others(grouping: Engine, mon
 
     monkeypatch.setattr(Runtime, "answer", slow)
     asyncio.run(asyncio.wait_for(scene(), 30))
+
+
+def test_who_cannot_begin_yet_wakes_no_thread(grouping: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = grouping
+    released, answer = threading.Event(), Runtime.answer
+    changed, woken = engine._changed, list[int]()
+    notify = changed.notify
+
+    def slow(self: Runtime, rows: Any, params: Any = None) -> Any:
+        assert released.wait(20)
+        return answer(self, rows, params)
+
+    def ask() -> asyncio.Future[Any]:
+        return asyncio.ensure_future(engine.answer([{"text": "short"}], {}))
+
+    async def scene() -> None:
+        asked = []
+        for running in (1, 2):
+            asked.append(ask())
+            while engine.load().running < running:
+                await asyncio.sleep(0.01)
+        assert len(woken) == 2
+        asked += [ask() for _ in range(3)]
+        await asyncio.sleep(0)
+        assert engine.load().queue == 3
+        assert len(woken) == 2
+        released.set()
+        assert all(found[0]["label"] for found in await asyncio.gather(*asked))
+
+    monkeypatch.setattr(Runtime, "answer", slow)
+    monkeypatch.setattr(changed, "notify", lambda n=1: (woken.append(n), notify(n)))
+    asyncio.run(asyncio.wait_for(scene(), 30))
