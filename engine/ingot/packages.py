@@ -222,7 +222,7 @@ def _carry(run: Run, folder: Path) -> None:
     if place is None or few_bits(run.recipe.model, run.home) is not None:
         return  # a base in few bits trains no head
     missing = missing_over_base(folder, place)
-    if lost := carry(folder, missing, lambda: Runtime.load(run.model, "cpu").model.state_dict()):
+    if lost := carry(folder, missing, lambda: Runtime.load(run.model, "cpu").model):
         names = ", ".join(lost[:3])
         why = f"the base lacks {names}, and the adapter holds no more than an update of it; use merged"
         raise RecipeError("package.forms", "adapter", why)

@@ -18,6 +18,7 @@ BASE_VARIABLE = "INGOT_BASE_MODEL"
 TENSORS_FILE = "adapter_model.safetensors"
 OWN = (ADAPTER_FILE, TENSORS_FILE, BASE_FILE)
 PREFIX = "base_model.model."  # of the names of a model's own tensors in an adapter
+UNDER = ".base_layer"  # behind the name of a layer in an adapter: the layer as it is without its update
 # What a configuration says of a head. A tuned model's stand in place of its base's, or are left out as there.
 HEAD_SETTINGS = ("architectures", "id2label", "label2id", "problem_type", "pad_token_id", "tie_word_embeddings")
 
@@ -79,7 +80,8 @@ def whole_tensors(folder: Path) -> frozenset[str]:
     from safetensors import safe_open
 
     with safe_open(folder / TENSORS_FILE, framework="pt") as file:
-        return frozenset(name.removeprefix(PREFIX) for name in file.keys() if ".lora_" not in name)  # noqa: SIM118
+        own = (name for name in file.keys() if ".lora_" not in name)  # noqa: SIM118
+        return frozenset(name.removeprefix(PREFIX).replace(f"{UNDER}.", ".") for name in own)
 
 
 def find_base(folder: Path) -> Path:

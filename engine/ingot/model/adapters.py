@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ingot.errors import IngotError, ModelError, RecipeError
-from ingot.model.adapted import PREFIX, TENSORS_FILE
+from ingot.model.adapted import PREFIX, TENSORS_FILE, UNDER
 from ingot.model.kinds import logits_of
 from ingot.model.matrices import Matrix, matrices
 from ingot.model.quantize import QuantizedLinear
@@ -298,24 +298,39 @@ def read_adapter(model: PeftModel, folder: Path) -> int:
     return len(saved)
 
 
-def carry(folder: Path, names: Sequence[str], trained: Callable[[], Mapping[str, Tensor]]) -> list[str]:
+@torch.no_grad()
+def carry(folder: Path, names: Sequence[str], trained: Callable[[], nn.Module]) -> list[str]:
     """Add the weights called `names` to the adapter in `folder`, whole: peft loads every tensor whose name the model
-    knows. `trained`: reads those of the merged model, a tied tensor by all of its names, which no file has.
+    knows. `trained`: reads the merged model, which has a tied tensor by all of its names, as no file does.
 
-    Where some are of a layer that the adapter updates, of which there is no more than the sum, return these and write
-    nothing.
+    Of a layer that the adapter updates, this is what lies under the update: the sum less the update. Where that cannot
+    be told (DoRA scales what lies under it, too), return the names of such weights and write nothing.
     """
     if not names:
         return []
-    saved = load_file(folder / TENSORS_FILE)
-    layers = {name.partition(".lora_")[0].removesuffix(".base_layer") for name in saved if ".lora_" in name}
-    updated = tuple(f"{layer.removeprefix(PREFIX)}." for layer in layers)
-    if lost := [name for name in names if name.startswith(updated)]:
-        return lost
-    whole = trained()
-    added = {PREFIX + name: whole[name].clone() for name in names}
+    saved, model = load_file(folder / TENSORS_FILE), trained()
+    whole = dict(model.state_dict())
+    layers = {name.partition(".lora_")[0] for name in saved if ".lora_" in name}
+    updated = {layer.removesuffix(UNDER).removeprefix(PREFIX) for layer in layers}
+    below = [name for name in names if name.rpartition(".")[0] in updated]
+    if below:
+        peft: Any = PeftModel.from_pretrained(model, folder)  # type: ignore[arg-type]
+        (config,) = peft.peft_config.values()
+        if config.use_dora or config.target_parameters:
+            return below
+        for name in below:
+            layer, _, kind = name.rpartition(".")
+            if kind == "weight":
+                whole[name] = whole[name] - peft.base_model.model.get_submodule(layer).get_delta_weight("default")
+    added = {PREFIX + (_under(name) if name in below else name): whole[name].clone() for name in names}
     save_file(saved | added, folder / TENSORS_FILE, {"format": "pt"})
     return []
+
+
+def _under(name: str) -> str:
+    """What peft calls a weight below an update."""
+    layer, _, kind = name.rpartition(".")
+    return f"{layer}{UNDER}.{kind}"
 
 
 def with_saved_adapter(model: nn.Module, folder: Path) -> nn.Module:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from every_task import CASES, CONTEXT, FOX, folder_of
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ingot.errors import ModelError, RecipeError
 from ingot.model.adapted import PREFIX, TENSORS_FILE
@@ -51,6 +52,7 @@ BASES = {
     "question-answering": "token-classification",
     "fill-mask": "fill-mask",
     "reward": "text-generation",
+    "text-generation": "text-generation",
 }
 MISSING = {  # case: (how the run is made, names of what its base lacks and nothing trains)
     "bias": (
@@ -58,8 +60,21 @@ MISSING = {  # case: (how the run is made, names of what its base lacks and noth
         {"cls.predictions.bias", "cls.predictions.decoder.bias"},
     ),
     "pooler": (
-        {"task": "text-classification", "pooling": "head", "targets": ["query"], "drawn": ("bert.pooler.dense.bias",)},
+        {
+            "task": "text-classification",
+            "pooling": "head",
+            "drawn": ("bert.pooler.dense.bias",),
+            "adapter": {"targets": ["query"]},
+        },
         {"bert.pooler.dense.weight", "bert.pooler.dense.bias"},
+    ),
+    "below an update": (
+        {"task": "text-classification", "pooling": "head", "drawn": ("bert.pooler.dense.base_layer.bias",)},
+        {"bert.pooler.dense.base_layer.weight", "bert.pooler.dense.base_layer.bias"},
+    ),
+    "head that was tied": (
+        {"task": "text-generation", "tied": True, "adapter": {"targets": ["q_proj", "lm_head"]}},
+        {"lm_head.base_layer.weight"},
     ),
 }
 
@@ -67,13 +82,18 @@ MISSING = {  # case: (how the run is made, names of what its base lacks and noth
 @pytest.fixture
 def tuned(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Callable[..., Run]:
     """tuned(task, **model) -> a run over the base of `task` whose adapter and head are drawn. `over`: the case of
-    another base; `drawn`: weights that it lacks, and that are not trained; `targets`: the recipe's.
+    another base; `drawn`: weights that it lacks, and that are not trained; `tied`: its output head is its embedding;
+    `adapter`: more of the recipe's section.
     """
 
     def make(
-        task: str, over: str = "", drawn: tuple[str, ...] = (), targets: Any = "all-linear", **model_section: Any
-    ) -> Run:
+        task: str, over: str = "", drawn: tuple[str, ...] = (), tied: bool = False,
+        adapter: dict[str, Any] | None = None, **model_section: Any,
+    ) -> Run:  # fmt: skip
         base = folder_of(over or BASES[task], make_tokenizer(mask_token="<|im_start|>"), tmp_path / "base")
+        if tied:
+            config = AutoConfig.from_pretrained(base, tie_word_embeddings=True)
+            AutoModelForCausalLM.from_config(config).save_pretrained(base)
         (base / "ingot.json").unlink()
         rows = ROWS.get(task, [{}])
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,7 +103,7 @@ def tuned(make_tokenizer: Callable[..., Any], tmp_path: Path) -> Callable[..., R
             "model": {"source": "base", "dtype": "float32", **model_section},
             "data": {"train": "rows.jsonl", "test": "rows.jsonl", "validation_share": 0, "max_tokens": 24},
             "objective": {"task": task},
-            "adapter": {"rank": 8, "targets": targets},
+            "adapter": {"rank": 8, "targets": "all-linear", **(adapter or {})},
             "package": {"verify": False, "forms": ["merged", "adapter"]},
         })  # fmt: skip
         case, run = CASES[task], create_run(recipe, tmp_path)
@@ -179,16 +199,22 @@ def test_what_neither_base_nor_adapter_holds_is_carried_whole(
     assert all(torch.equal(saved[name], tensor) for name, tensor in trained.items())
     merged, base = Runtime.load(run.model, "cpu"), tmp_path / "base"
     whole = merged.model.state_dict()
-    assert all(whole[name].any() and torch.equal(saved[PREFIX + name], whole[name]) for name in names)
+    for name in names:
+        own = name.replace(".base_layer", "")
+        assert whole[own].any()
+        # What lies under an update is another tensor than the sum.
+        assert torch.equal(saved[PREFIX + name], whole[own]) == (own == name or own.endswith("bias"))
     loaded = Runtime.load(package, "cpu", base)
     for found, expected in zip(*(probe(it, rows) for it in (loaded, merged)), strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
     config = json.loads((package / "adapter_config.json").read_text())
-    assert any("trained as a whole" in it.why for it in refusals(config))  # as where the base has a head
+    # As where the base has them.
+    assert any("trained as a whole" in it.why or "the output head (lm_head)" in it.why for it in refusals(config))
 
 
 def test_weights_that_an_adapter_does_not_hold_are_named_before_anything_is_written(tuned: Callable[..., Run]) -> None:
-    run = tuned("text-classification", pooling="head")  # whose pooler the base lacks, and the adapter updates
+    # The base lacks the pooler, and of a layer that DoRA updates it cannot be told what lies under the update.
+    run = tuned("text-classification", pooling="head", adapter={"dora": True})
     with pytest.raises(RecipeError, match=r"package\.forms.*adapter.*pooler.*use merged"):
         write_package(run, NO_POLICY, "", QUIET)
     assert not run.package.exists()
