@@ -45,13 +45,16 @@ DEFAULT_WINDOW, DEFAULT_OVERLAP, DEFAULT_ANSWER_TOKENS = 384, 128, 30  # of a co
 
 @dataclass(frozen=True)
 class Answering:
-    """A model with its tokenizer, the names of its classes, and what `ingot.json` says of it."""
+    """A model with its tokenizer, the names of its classes, and what `ingot.json` says of it. `stopped`: whether nobody
+    waits for what is being written any more.
+    """
 
     task: str
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     labels: tuple[str, ...]
     about: dict[str, Any]
+    stopped: Callable[[], bool] = lambda: False
 
     @property
     def longest(self) -> int | None:
@@ -179,6 +182,7 @@ def _written(it: Answering, rows: Sequence[Record], params: Record) -> list[Reco
         new,
         TOKENS_PER_BATCH,
         num_beams=params.get("num_beams", 1),
+        stopped=it.stopped,
     )
     return [{"output_string": text} for text in texts]
 

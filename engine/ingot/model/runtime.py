@@ -2,7 +2,8 @@
 and the endpoint. Self-contained: standard library, torch, transformers, pydantic, and its neighbours.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +124,20 @@ class Runtime:
         return self.generate([self.prompt_ids(prompt)], **params)[0]
 
     def answer(
-        self, rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any] | None = None
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        params: Mapping[str, Any] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, Any]]:
         """One record of output columns for each row of input columns, as `task_schemas.py` has them: what package,
-        endpoint and batches answer. `params`: as clients name them, None where not given. Raises InputError.
+        endpoint and batches answer. `params`: as clients name them, None where not given. `stopped`: asked between two
+        tokens of a summary or translation, whether nobody waits any more. Raises InputError.
         """
         asked, given = self.read(rows, params)
         if not asked:
             return []
         if self.task not in WRITING:
-            return ANSWERS[self.task](self.answering, asked, given)
+            return ANSWERS[self.task](replace(self.answering, stopped=stopped), asked, given)
         written = self.generate([self.prompt_of(row) for row in asked], **self.sampling_params(given))
         return [{"output_string": answer.text} for answer in written]
 

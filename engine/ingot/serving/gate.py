@@ -143,10 +143,12 @@ class Gate:
 
     def _quota(self, key: Key | None) -> Quota:
         rules, name = self.rules, "" if key is None else f"{key.name}/{key.sha256}"
-        if name not in self._quotas:
-            requests, tokens = (None, None) if key is None else (key.requests_per_minute, key.tokens_per_minute)
-            self._quotas[name] = Quota(requests or rules.requests_per_minute, tokens or rules.tokens_per_minute)
-        return self._quotas[name]
+        requests, tokens = (None, None) if key is None else (key.requests_per_minute, key.tokens_per_minute)
+        limits = (requests or rules.requests_per_minute, tokens or rules.tokens_per_minute)
+        found = self._quotas.get(name)
+        if found is None or found.limits != limits:  # the file of keys is read again as it changes
+            found = self._quotas[name] = Quota(*limits)
+        return found
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, record: Record) -> bytes | None:
         """The body, never more than allowed; None: the client has left. Raises ApiError: 413, 408 past its deadline."""
@@ -169,6 +171,8 @@ class Gate:
         if too_long:
             record.cause = "body"
             raise ApiError(413, f"the request body is over {most} bytes", "invalid_request_error")
+        if not _utf8(body):
+            raise ApiError(400, "the body is not UTF-8", "invalid_request_error")
         if HALF.search(body) and not _writable(body):
             raise ApiError(
                 400, "the body holds half of a surrogate pair, which is no character", "invalid_request_error"
@@ -239,6 +243,15 @@ def _route(scope: Scope) -> str:
         nearest, route = max(((one.matches(scope)[0], one) for one in scope["app"].routes), key=lambda it: it[0].value)
         route = None if nearest is Match.NONE else route
     return getattr(route, "path", None) or "none"
+
+
+def _utf8(body: bytearray) -> bool:
+    """Python's json would take halves of pairs as bytes, and other encodings, which it knows by their zeros."""
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in body
 
 
 def _writable(body: bytearray) -> bool:

@@ -137,7 +137,8 @@ class OpenAI:
             raise InputError("model", f"this model is for {model.task}: it makes no embeddings")
         texts = [body.input] if isinstance(body.input, str) else body.input
         answers = await model.engine.answer([{"text": text} for text in texts], {})
-        n = await model.engine.prepare(lambda runtime: sum(map(len, runtime.tokenizer(texts)["input_ids"])))
+        n = await model.engine.prepare(lambda it: sum(map(len, it.answering.text_ids(texts, "input"))))
+        current().prompt_tokens = n  # instead of the estimate
         data = [
             {"object": "embedding", "index": i, "embedding": _coded(answer["embedding"], body.encoding_format)}
             for i, answer in enumerate(answers)

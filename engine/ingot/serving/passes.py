@@ -5,7 +5,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,11 +22,17 @@ from ingot.model.unpadded import unpad
 
 Rows = Sequence[dict[str, Any]]
 Answers = list[dict[str, Any]]
+Stopped = Callable[[], bool]  # whether nobody waits for the answers any more
 SEVERAL_PASSES = ("summarization", "translation")
 BESIDE = 8  # passes at most; each has a tokenizer of its own
 PROCESS_BYTES = 400_000_000  # that a process holds beside its model, mostly torch's libraries
 END_S = 5.0  # that a process has to end
 log = logging.getLogger("ingot.serve")
+
+
+def never() -> bool:
+    """Somebody waits for it to the end."""
+    return False
 
 
 class PassError(Exception):
@@ -41,7 +47,7 @@ class Passes(Protocol):
     beside: int
     spare: int | None
 
-    def begin(self, rows: Rows, params: dict[str, Any], *, alone: bool) -> Future[Answers]:
+    def begin(self, rows: Rows, params: dict[str, Any], stopped: Stopped, *, alone: bool) -> Future[Answers]:
         """As `Runtime.answer`. `alone`: with all threads."""
 
     def prove(self, row: dict[str, Any]) -> None:
@@ -92,21 +98,21 @@ class Threads:
         # A thread that has not asked for their number takes that of the process again at its first operation.
         self._pool = ThreadPoolExecutor(self.beside, "ingot-pass", torch.get_num_threads)
 
-    def begin(self, rows: Rows, params: dict[str, Any], *, alone: bool) -> Future[Answers]:
+    def begin(self, rows: Rows, params: dict[str, Any], stopped: Stopped, *, alone: bool) -> Future[Answers]:
         """See `Passes`."""
-        return self._pool.submit(self._answer, rows, params, self._threads // (1 if alone else self.beside))
+        return self._pool.submit(self._answer, rows, params, stopped, self._threads // (1 if alone else self.beside))
 
-    def _answer(self, rows: Rows, params: dict[str, Any], threads: int) -> Answers:
+    def _answer(self, rows: Rows, params: dict[str, Any], stopped: Stopped, threads: int) -> Answers:
         torch.set_num_threads(threads)  # of this thread
         runtime = self._free.get()
         try:
-            return runtime.answer(rows, params)
+            return runtime.answer(rows, params, stopped)
         finally:
             self._free.put(runtime)
 
     def prove(self, row: dict[str, Any]) -> None:
         """See `Passes`."""
-        self.begin([row], {}, alone=True).result()
+        self.begin([row], {}, never, alone=True).result()
 
     def close(self) -> None:
         """See `Passes`."""
@@ -137,8 +143,8 @@ class Processes:
             self._free.put(one)
         self._pool = ThreadPoolExecutor(count, "ingot-pass")
 
-    def begin(self, rows: Rows, params: dict[str, Any], *, alone: bool) -> Future[Answers]:
-        """See `Passes`."""
+    def begin(self, rows: Rows, params: dict[str, Any], stopped: Stopped, *, alone: bool) -> Future[Answers]:
+        """See `Passes`. `stopped` is not asked: what writes token by token has no passes here."""
         return self._pool.submit(self._answer, rows, params, self._threads // (1 if alone else self.beside))
 
     def _answer(self, rows: Rows, params: dict[str, Any], threads: int) -> Answers:

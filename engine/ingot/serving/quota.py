@@ -29,6 +29,7 @@ class Quota:
     """One caller's requests and tokens in a minute. None: as many as wanted."""
 
     def __init__(self, requests: int | None, tokens: int | None) -> None:
+        self.limits = (requests, tokens)
         self._requests = None if requests is None else Bucket(requests)
         self._tokens = None if tokens is None else Bucket(tokens)
 

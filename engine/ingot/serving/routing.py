@@ -23,6 +23,7 @@ COPIES_AT_ONCE = 4  # more are left out: copies must not become the load
 DEFECT = "the server failed on this request; its log says more"
 KEPT_BYTES = 1024 * 1024  # of an answer that is compared
 PASSING = ("id", "created", "usage")  # fields that are others in every answer, or follow from the rest
+NO_ROOM = ("requests", "tokens", "closed")  # causes
 FAILED_STREAM = b'data: {"error"'
 log = logging.getLogger("ingot.serve")
 
@@ -180,10 +181,10 @@ class Routing:
 
 def _note(trip: Trip, seconds: float, failed: bool) -> None:
     """Count what a version has answered. Callers who choose it, or a deadline that it missed, say nothing of how it
-    does beside the others: they could have any version rolled back.
+    does beside the others, nor do those for whom it had no room: they could have any version rolled back.
     """
     asked = record.current()
-    if trip.forced is not None or (asked.hurried and asked.cause == "deadline"):
+    if trip.forced is not None or asked.cause in NO_ROOM or (asked.hurried and asked.cause == "deadline"):
         trip.version.answered.add(seconds, failed)
     else:
         trip.endpoint.answered(trip.version, seconds, failed)

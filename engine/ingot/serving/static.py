@@ -30,13 +30,16 @@ def estimated_tokens(value: Any) -> int:
 
 class Asking(Ticket):
     """Rows to be answered. `todo`: places and sizes of those that wait; `found`: answers by place. `record`: of the
-    request, which has used the tokens that were run for it, also where it leaves before its answer.
+    request, which has used the tokens that were run for it, also where it leaves before its answer. `new`: tokens that
+    may be written for each row.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], params: dict[str, Any], deadline: float | None) -> None:
-        sizes = [estimated_tokens(row) for row in rows]
+    def __init__(
+        self, rows: Sequence[dict[str, Any]], params: dict[str, Any], deadline: float | None, new: int = 0
+    ) -> None:
+        sizes = [estimated_tokens(row) + new for row in rows]
         super().__init__(sum(sizes), deadline)
-        self.rows, self.todo, self.record = rows, deque(enumerate(sizes)), current()
+        self.rows, self.todo, self.record, self.new = rows, deque(enumerate(sizes)), current(), new
         self.params = {name: value for name, value in params.items() if value is not None}
         self.found: dict[int, dict[str, Any]] = {}
 
@@ -44,7 +47,7 @@ class Asking(Ticket):
         """The row at `place` begins."""
         self.todo.remove((place, size))
         self.begun, self.tokens = True, self.tokens - size
-        self.record.prompt_tokens += size
+        self.record.prompt_tokens += size - self.new
 
     @property
     def answered(self) -> bool:
@@ -95,7 +98,10 @@ class StaticEngine(Worker):
         """As `Runtime.answer`, together with others' rows."""
         if not rows:
             return await self.prepare(lambda runtime: runtime.answer([], params))
-        with self._admitted(Asking(rows, self._bounded(params), deadline)) as ticket:
+        # Read by itself: in a pass with others' rows a wrong parameter would be theirs, too (True is equal to 1).
+        given = self.runtime.read([], params)[1]
+        params = self._bounded(params, given.get("max_tokens"))
+        with self._admitted(Asking(rows, params, deadline, params.get("max_tokens") or 0)) as ticket:
             answers: list[dict[str, Any]] = await ticket.next()
             return answers
 
@@ -112,16 +118,15 @@ class StaticEngine(Worker):
         raise self._unable()
         yield  # makes this a generator
 
-    def _bounded(self, params: dict[str, Any]) -> dict[str, Any]:
-        """`params` for at most as many new tokens as the server writes. Raises InputError."""
-        longest = self.limits.answer_tokens
-        if longest is None or all(param.name != "max_tokens" for param in TASKS[self.runtime.task].params):
+    def _bounded(self, params: dict[str, Any], wanted: int | None) -> dict[str, Any]:
+        """`params` with the number of new tokens, at most as many as the server writes. Raises InputError."""
+        if all(param.name != "max_tokens" for param in TASKS[self.runtime.task].params):
             return params
-        wanted = self.runtime.read([], params)[1].get("max_tokens")
+        own, longest = self.runtime.default_new_tokens, self.limits.answer_tokens
         if wanted is None:
-            own = min(self.runtime.default_new_tokens, context_limit(self.runtime.model) or longest)
-            return params | {"max_tokens": min(own, longest)}
-        if wanted > longest:
+            most = (own, context_limit(self.runtime.model), longest)
+            return params | {"max_tokens": min(n for n in most if n is not None)}
+        if longest is not None and wanted > longest:
             raise InputError("max_tokens", f"{wanted} new tokens: this server writes {longest} at most")
         return params
 
@@ -218,6 +223,7 @@ class StaticEngine(Worker):
             taken = [chosen[index] for index in next((group for group in groups if 0 in group), [])]
         for ticket, place, size in taken:
             ticket.take(place, size)
+            self.meter.entered(size - ticket.new)
         self._company = len(alike_ones) > 1 or bool(self._running)
         self._waiting = deque(one for one in self._waiting if not isinstance(one, Asking) or one.todo)
         return Group([(ticket, place) for ticket, place, _ in taken], first.params, [size for *_, size in taken])
@@ -231,8 +237,13 @@ class StaticEngine(Worker):
 
     def _begin(self, group: Group) -> None:
         group.began = self._turned = now()
-        rows = [ticket.rows[place] for ticket, place in group.asked]
-        job = self._passes.begin(rows, group.params, alone=not self._running and not self._waiting)
+        rows, tickets = [ticket.rows[place] for ticket, place in group.asked], group.tickets
+
+        def stopped() -> bool:
+            self._turned = now()  # what still asks has not hung
+            return self._aborting.is_set() or all(ticket.left for ticket in tickets)
+
+        job = self._passes.begin(rows, group.params, stopped, alone=not self._running and not self._waiting)
         self._running[job] = group
         job.add_done_callback(self._arrive)
 
@@ -254,6 +265,10 @@ class StaticEngine(Worker):
         self._paced(sum(group.sizes), (self._turned - group.began) / beside)
         for (ticket, place), answer in zip(group.asked, job.result(), strict=True):
             ticket.found[place] = answer
+            if ticket.new:
+                written = estimated_tokens(answer)
+                ticket.record.new_tokens += written
+                self.meter.written(written)
         self._hand_out(group.tickets)
 
     def _hand_out(self, tickets: Iterable[Asking]) -> None:
@@ -269,8 +284,6 @@ class StaticEngine(Worker):
         if not isinstance(error, InputError):
             self._failures += 1
         ticket.todo.clear()
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
         ticket.left = True
         self._tell(ticket, error)
 

@@ -7,7 +7,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ingot.model.runtime import Runtime
@@ -229,6 +229,8 @@ class Worker:
             ticket.leave()
             with self._changed:
                 self._inside.discard(ticket)
+                with suppress(ValueError):  # it may have begun
+                    self._waiting.remove(ticket)  # a long pass would leave it there, and no room for others
 
     async def run(self, job: Callable[[Runtime], Result], *, deadline: float | None = None) -> Result:
         """Wait for `job(runtime)`. Raises what it raises, and as `Engine` says."""

@@ -75,10 +75,13 @@ class WritingWorker(Worker):
         """(index, piece), and at the end of each row (index, Generation)."""
         left = len(prompts)
         with self._admitted(self._writing(prompts, samplings, True, deadline)) as ticket:
-            while left:
+            while True:
                 index, item = await ticket.next()
                 left -= isinstance(item, Generation)
+                if not left:
+                    break
                 yield index, item
+        yield index, item  # out there: who has the last one may close this, and has not left early
 
     def _writing(
         self, prompts: Sequence[list[int]], samplings: Sequence[Sampling], streaming: bool, deadline: float | None

@@ -176,6 +176,15 @@ def test_halves_of_characters_are_refused(client_of: Client, task: str, path: st
     assert client.post("/invocations", content=whole, headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("route", ["/invocations", "/score", "/v1/completions"])
+@pytest.mark.parametrize(
+    "body", [b'["a\xed\xa0\x80b"]', b'["\xff"]', '["a"]'.encode("utf-16"), '["a"]'.encode("utf-16-be")]
+)
+def test_bytes_that_are_no_text_are_refused(client_of: Client, route: str, body: bytes) -> None:
+    found = client_of("text-generation").post(route, content=body, headers={"content-type": "application/json"})
+    _refused(found, None, "not UTF-8")
+
+
 def test_a_context_without_text_is_refused(client_of: Client) -> None:
     rows = [{"question": "who?", "context": context} for context in ("Ann", "")]
     _refused(client_of("question-answering").post("/invocations", json={"dataframe_records": rows}), "context")

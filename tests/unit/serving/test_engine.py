@@ -423,9 +423,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     answer = Runtime.answer
 
-    def spy(self: Runtime, rows: Any, params: Any = None) -> Any:
+    def spy(self: Runtime, rows: Any, *more: Any) -> Any:
         seen.append(len(rows))
-        return answer(self, rows, params)
+        return answer(self, rows, *more)
 
     monkeypatch.setattr(Runtime, "answer", spy)
     return seen
@@ -534,9 +534,9 @@ def test_groups_of_rows_run_side_by_side(grouping: Engine, monkeypatch: pytest.M
     answer, both = Runtime.answer, threading.Barrier(2, timeout=20)
     wanted = [grouping.runtime.answer([row])[0] for row in rows]
 
-    def meeting(self: Runtime, rows: Any, params: Any = None) -> Any:
+    def meeting(self: Runtime, rows: Any, *more: Any) -> Any:
         both.wait()
-        return answer(self, rows, params)
+        return answer(self, rows, *more)
 
     monkeypatch.setattr(Runtime, "answer", meeting)
     asyncio.run(grouping.answer(rows[:2], {}))
@@ -550,9 +550,9 @@ def test_groups_of_rows_run_side_by_side(grouping: Engine, monkeypatch: pytest.M
 def test_a_group_that_is_done_does_not_wait_for_the_others(grouping: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     released, answer = threading.Event(), Runtime.answer
 
-    def slow(self: Runtime, rows: Any, params: Any = None) -> Any:
+    def slow(self: Runtime, rows: Any, *more: Any) -> Any:
         assert rows[0]["text"] != "short" or released.wait(20)
-        return answer(self, rows, params)
+        return answer(self, rows, *more)
 
     async def scene() -> None:
         hold = asyncio.ensure_future(grouping.run(lambda _: time.sleep(0.5)))  # so that both wait for the same turn
@@ -564,36 +564,4 @@ def test_a_group_that_is_done_does_not_wait_for_the_others(grouping: Engine, mon
         await hold
 
     monkeypatch.setattr(Runtime, "answer", slow)
-    asyncio.run(asyncio.wait_for(scene(), 30))
-
-
-def test_who_cannot_begin_yet_wakes_no_thread(grouping: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine: Any = grouping
-    released, answer = threading.Event(), Runtime.answer
-    changed, woken = engine._changed, list[int]()
-    notify = changed.notify
-
-    def slow(self: Runtime, rows: Any, params: Any = None) -> Any:
-        assert released.wait(20)
-        return answer(self, rows, params)
-
-    def ask() -> asyncio.Future[Any]:
-        return asyncio.ensure_future(engine.answer([{"text": "short"}], {}))
-
-    async def scene() -> None:
-        asked = []
-        for running in (1, 2):
-            asked.append(ask())
-            while engine.load().running < running:
-                await asyncio.sleep(0.01)
-        assert len(woken) == 2
-        asked += [ask() for _ in range(3)]
-        await asyncio.sleep(0)
-        assert engine.load().queue == 3
-        assert len(woken) == 2
-        released.set()
-        assert all(found[0]["label"] for found in await asyncio.gather(*asked))
-
-    monkeypatch.setattr(Runtime, "answer", slow)
-    monkeypatch.setattr(changed, "notify", lambda n=1: (woken.append(n), notify(n)))
     asyncio.run(asyncio.wait_for(scene(), 30))

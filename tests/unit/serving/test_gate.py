@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ingot.model.runtime import Runtime
-from ingot.serving import gate, quota
+from ingot.serving import gate, keys, quota
 from ingot.serving.app import create_app
 from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.engine import Limits
@@ -309,6 +309,18 @@ def test_each_key_has_its_own_minute(text_folder: Path, tmp_path: Path, monkeypa
         assert rejects['{cause="rate_requests",model=""}'] == 2
         clock[0] += 30
         assert [status(client, ann).status_code for _ in range(2)] == [200, 429]
+        path.write_text(path.read_text().replace('"requests_per_minute": 2', '"requests_per_minute": 3'))
+        monkeypatch.setattr(keys, "LOOK_S", 0)
+        assert [status(client, ann).status_code for _ in range(4)] == [200, 200, 200, 429]
+
+
+def test_who_reads_a_stream_to_its_end_has_not_left(text_folder: Path) -> None:
+    with TestClient(Served(text_folder).app) as client:
+        for more in ({}, {"n": 2, "temperature": 1.0}):
+            told = client.post(TEXT, json={"prompt": "a", "max_tokens": 3, "stream": True} | more)
+            assert told.text.endswith("data: [DONE]\n\n")
+        page = client.get("/metrics").text
+    assert 'cause="left"' not in page
 
 
 def test_what_is_refused_is_told_by_its_route(text_folder: Path, tmp_path: Path, lines: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from ingot.model.sampling import InputError
 from ingot.serving import passes
 from ingot.serving.engine import Limits, Meter
 from ingot.serving.fleet import Fleet, Target, deploy
-from ingot.serving.passes import PassError, Processes, Threads, beside, obstacle
+from ingot.serving.passes import PassError, Processes, Threads, beside, never, obstacle
 
 ROWS = [{"text": "word " * n} for n in (1, 9, 3, 20)]
 
@@ -68,8 +68,8 @@ def test_they_answer_as_threads_do_and_end_when_they_are_closed(mean_folder: Pat
         with pytest.raises(InputError):
             found.prove({"wrong": "row"})
         assert found._free.qsize() == 2  # none is held afterwards
-        jobs = [found.begin(ROWS, {"top_k": 2}, alone=False) for _ in range(3)]
-        wanted = threads.begin(ROWS, {"top_k": 2}, alone=True).result()
+        jobs = [found.begin(ROWS, {"top_k": 2}, never, alone=False) for _ in range(3)]
+        wanted = threads.begin(ROWS, {"top_k": 2}, never, alone=True).result()
         for job in jobs:
             for one, other in zip(job.result(), wanted, strict=True):
                 assert one["label"] == other["label"]
@@ -84,15 +84,15 @@ def test_what_goes_wrong_in_a_pass_is_told_and_a_process_that_is_killed_comes_ba
     processes: Processes, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError) as told:
-        processes.begin([{"wrong": "secret"}], {}, alone=True).result()
+        processes.begin([{"wrong": "secret"}], {}, never, alone=True).result()
     assert told.value.field == "wrong"
     with pytest.raises(PassError, match=r"^RuntimeError$"):
         processes._all[0].answer([{"text": "secret"}], {}, "two")  # type: ignore[arg-type]
     assert "secret" not in capfd.readouterr().err
-    wanted = processes.begin(ROWS, {}, alone=True).result()
+    wanted = processes.begin(ROWS, {}, never, alone=True).result()
     [child] = _children()
     os.kill(child, signal.SIGKILL)
-    assert processes.begin(ROWS, {}, alone=True).result() == wanted
+    assert processes.begin(ROWS, {}, never, alone=True).result() == wanted
     assert _children() != {child}
     assert "ended with status -9" in caplog.text
 
@@ -110,9 +110,9 @@ def test_one_that_dies_again_fails_the_pass_and_not_the_next(
         lambda _: subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE),
     )
     with pytest.raises(PassError):
-        processes.begin(ROWS, {}, alone=True).result()
+        processes.begin(ROWS, {}, never, alone=True).result()
     monkeypatch.setattr(passes._Process, "_start", start)
-    assert processes.begin(ROWS, {}, alone=True).result()[0]["label"]
+    assert processes.begin(ROWS, {}, never, alone=True).result()[0]["label"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from ingot.serving import record
 from ingot.serving.app import create_app
 from ingot.serving.deployments import Deployed, Deployments
 from ingot.serving.endpoint_file import EndpointSection, endpoint_of_flags, named, read_endpoint
-from ingot.serving.engine import DeadlineError, Load
+from ingot.serving.engine import DeadlineError, Load, QueueFullError
 from ingot.serving.faults import ApiError
 from ingot.serving.replay import Stored, difference
 from ingot.serving.routing import _repeatable, answer_of
@@ -36,7 +36,7 @@ class Fake:
 
     def __init__(self, name: str) -> None:
         self.name, self.fails, self.ready, self.asked = name, False, True, 0
-        self.wait_s, self.late = 0.0, False
+        self.wait_s, self.late, self.full = 0.0, False, False
         self.runtime = SimpleNamespace(task="text-generation")
 
     async def answer(self, rows: Sequence[dict[str, Any]], params: dict[str, Any], **_: Any) -> list[dict[str, Any]]:
@@ -44,6 +44,8 @@ class Fake:
             raise InputError("temperature", "temperature must not be negative")
         self.asked += 1
         time.sleep(self.wait_s)
+        if self.full:
+            raise QueueFullError("requests", 1)
         if self.late:
             record.current().cause = "deadline"
             raise DeadlineError
@@ -174,12 +176,14 @@ def test_callers_cannot_have_a_version_rolled_back() -> None:
     with Served({"blue": 50, "green": 50}, rollback={"min_requests": 5}) as served:
         served.fakes["green"].fails = True
         assert {served.ask(n, forced="green").status_code for n in range(20)} == {500}
-        served.fakes["green"].late = True
+        served.fakes["green"].full = True  # by callers whose ids all choose this version
+        assert {served.ask(n).status_code for n in range(60)} == {200, 503}
+        served.fakes["green"].full, served.fakes["green"].late = False, True
         answers = [served.ask(n, timeout_s=5) for n in range(60)]
         assert {answer.status_code for answer in answers} == {200, 504}
         state = served.admin("GET").json()
         assert state["changes"] == []
-        assert state["versions"]["green"]["answered"]["errors"] > 40
+        assert state["versions"]["green"]["answered"]["errors"] > 60
         # A deadline of the server's own that only this version misses is its fault.
         for number in range(60):
             served.ask(number)
