@@ -140,9 +140,7 @@ def _prepare(model: str, uri: str, folder: Path, options: Options, progress: Pro
     check_format(options.file_format)
     allowed_errors(options.max_errors, 0)
     before = check_folder(folder)
-    source = Input(uri, options.limit)
-    if any(folder.resolve() in path.resolve().parents for path in source.paths):
-        raise FieldError("OUTPUT", str(folder), "INPUT matches files in it; name another folder")
+    source = Input(uri, options.limit, folder)
     requests = is_batch_file(source)
     if requests:
         _require_plain(options)

@@ -190,8 +190,17 @@ def test_folders_are_checked(model_folder: Path) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["empty", "rows.jsonl", "used"]
     options = Options(mapping={"input_string": "review"}, limit=1)
     ingot.batch(model_folder, "**/*.jsonl", "out", options)
-    with pytest.raises(FieldError, match="INPUT matches files in it"):
-        ingot.batch(model_folder, "**/*.jsonl", "out", options)
+    with pytest.raises(FieldError, match="holds all files that INPUT matches"):
+        ingot.batch(model_folder, "out/part-00000.jsonl", "out", options)
+
+
+def test_a_glob_that_reaches_its_output_goes_on(model_folder: Path) -> None:
+    options = Options(mapping={"input_string": "review"}, params={"max_tokens": 2}, bucket_rows=4)
+    whole = ingot.batch(model_folder, "**/*", "out", options)
+    Path("out/part-00001.jsonl").unlink()
+    again = ingot.batch(model_folder, "**/*", "out", options)
+    assert (whole["rows"], again["rows"], again["rows_from_before"]) == (10, 10, 6)
+    assert [row["id"] for row in records("out")] == [row["id"] for row in ROWS]
 
 
 def test_an_input_without_rows_is_a_finished_batch(model_folder: Path) -> None:
