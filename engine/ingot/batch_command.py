@@ -128,11 +128,13 @@ def batch(
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
+    from ingot.batching.sinks import json_line, json_text, storable
+
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json_line(found).decode(), end="")
         return
     if found["status"] == "dry run":
-        out.print_json(json.dumps(found, ensure_ascii=False))
+        out.print_json(storable(json_text(found)))
         return
     tokens = "".join(f", {count:,} {name} tokens" for name, count in found["tokens"].items())
     out.print(

@@ -17,14 +17,13 @@ from ingot.batching.local import CountingRuntime, Requests, Rows, forms_of, kind
 from ingot.batching.manifest import Manifest, Plan, check_folder, check_same, writing
 from ingot.batching.remote import FORMS, KINDS, Remote
 from ingot.batching.rows import Failure, Reading
-from ingot.batching.sinks import FORMATS, check_format
+from ingot.batching.sinks import FORMATS, check_format, json_text
 from ingot.batching.sources import Content, Cursor, Input, is_batch_file
 from ingot.errors import DataError, FieldError, ModelError, TooManyErrors
 from ingot.evaluation.api import Api, Limits
 from ingot.evaluation.endpoint import model_of
 from ingot.model.adapted import is_packaged_adapter
 from ingot.model.runtime import describe
-from ingot.model.task_checks import SchemaError
 from ingot.progress import Progress
 from ingot.promoting import NO_POLICY, require_promotion
 from ingot.ranks import Ranks, on_main, pick_device, process_group, read_ranks
@@ -140,9 +139,7 @@ def _prepare(model: str, uri: str, folder: Path, options: Options, progress: Pro
     check_format(options.file_format)
     allowed_errors(options.max_errors, 0)
     before = check_folder(folder)
-    source = Input(uri, options.limit)
-    if any(folder.resolve() in path.resolve().parents for path in source.paths):
-        raise FieldError("OUTPUT", str(folder), "INPUT matches files in it; name another folder")
+    source = Input(uri, options.limit, folder)
     requests = is_batch_file(source)
     if requests:
         _require_plain(options)
@@ -158,11 +155,11 @@ def _prepare(model: str, uri: str, folder: Path, options: Options, progress: Pro
             raise FieldError("MODEL", model, "is no endpoint: remove --key-env, --allow-http and --at-once")
         target = _opened(model, options.override, progress)
         place = target.adapter or target.folder
-        task = str(describe(place)["task"])
         try:
+            task = str(describe(place)["task"])
             forms, outputs = forms_of(task), kinds_of(task)
-        except SchemaError as error:
-            raise ModelError("MODEL", model, str(error)) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError("MODEL", model, f"does not say what it is for: {error}") from error
         facts, name = {"fingerprint": target.fingerprint()}, options.name or target.name
     reading = Reading(() if requests else forms, options.id_column, options.keep, options.mapping, requests)
     if not requests:
@@ -281,7 +278,7 @@ def _tried(work: _Work, answerer: Answerer) -> dict[str, Any]:
     entries = [work.reading.entry(row, place) for place, row in enumerate(rows)]
     asked = [entry for entry in entries if entry.problem is None]
     found = dict(zip((entry.place for entry in asked), answerer.answer(asked), strict=True))
-    tried = []
+    tried: list[dict[str, Any]] = []
     for entry in entries:
         outcome = entry.problem or found[entry.place]
         said = {"error": outcome.message} if isinstance(outcome, Failure) else {"answer": outcome}
@@ -292,7 +289,7 @@ def _tried(work: _Work, answerer: Answerer) -> dict[str, Any]:
         "rows": work.plan.rows,
         "buckets": work.plan.buckets,
         "form": "OpenAI batch file" if work.reading.requests else "rows",
-        "tried": tried,
+        "tried": json.loads(json_text(tried)),  # ids may be dates
     }
 
 

@@ -4,9 +4,11 @@ import csv
 import json
 import re
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_endpoint import FakeServer, text
@@ -153,6 +155,17 @@ def test_a_dry_run_answers_three_rows_and_writes_nothing(model_folder: Path) -> 
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(("more", "half"), [(["--json"], "\ud83d"), ([], "\ufffd")])
+def test_a_dry_run_shows_whatever_stands_in_ids(model_folder: Path, more: list[str], half: str) -> None:
+    rows = pa.table({"id": [date(2026, 3, 1)], "input_string": ["Hello"]})
+    pq.write_table(rows, "days.parquet")
+    options = ["--param", "max_tokens=2", "--dry-run", *more]
+    assert json.loads(run(model_folder, "days.parquet", "out", *options).stdout)["tried"][0]["id"] == "2026-03-01"
+    Path("half.jsonl").write_text('{"id": "\\ud83d", "input_string": "Hello"}')
+    told = json.loads(run(model_folder, "half.jsonl", "out", *options).stdout)
+    assert told["tried"][0]["id"] == half
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -190,8 +203,35 @@ def test_folders_are_checked(model_folder: Path) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["empty", "rows.jsonl", "used"]
     options = Options(mapping={"input_string": "review"}, limit=1)
     ingot.batch(model_folder, "**/*.jsonl", "out", options)
-    with pytest.raises(FieldError, match="INPUT matches files in it"):
-        ingot.batch(model_folder, "**/*.jsonl", "out", options)
+    with pytest.raises(FieldError, match="holds all files that INPUT matches"):
+        ingot.batch(model_folder, "out/part-00000.jsonl", "out", options)
+
+
+def test_a_glob_that_reaches_its_output_goes_on(model_folder: Path) -> None:
+    options = Options(mapping={"input_string": "review"}, params={"max_tokens": 2}, bucket_rows=4)
+    whole = ingot.batch(model_folder, "**/*", "out", options)
+    Path("out/part-00001.jsonl").unlink()
+    again = ingot.batch(model_folder, "**/*", "out", options)
+    assert (whole["rows"], again["rows"], again["rows_from_before"]) == (10, 10, 6)
+    assert [row["id"] for row in records("out")] == [row["id"] for row in ROWS]
+
+
+def test_a_model_that_cannot_be_read_is_told_in_one_line(model_folder: Path) -> None:
+    weights = Path(model_folder, "model.safetensors").read_bytes()
+    config = json.loads(Path(model_folder, "config.json").read_text())
+    wider = json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]})
+    for number, (file, content, told) in enumerate(
+        [
+            ("model.safetensors", weights[:-100], "the weights cannot be read"),
+            ("config.json", wider.encode(), "in other shapes than config.json says"),
+            ("config.json", b"{", "config.json is not JSON"),
+            ("ingot.json", b"{", "ingot.json is no JSON object"),
+        ]
+    ):
+        shutil.copytree(model_folder, f"model-{number}")
+        Path(f"model-{number}", file).write_bytes(content)
+        assert told in run(f"model-{number}", "rows.jsonl", "out", *COMMON, code=2).stderr
+        assert not Path("out").exists()
 
 
 def test_an_input_without_rows_is_a_finished_batch(model_folder: Path) -> None:

@@ -22,6 +22,7 @@ from ingot.errors import FieldError, IngotError
 
 NAME, STATE = "manifest.json", ".batch"
 CLAIMS = f"{STATE}/claims"
+PARTIAL = f".{NAME}.*.partial"  # a manifest that `written` has not renamed
 WHOLE = 2**40  # the byte of the claims that stands for the manifest; a bucket's is its number
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 # What decides a batch -> how whoever started it wrote that.
@@ -232,7 +233,8 @@ def check_folder(folder: Path) -> dict[str, Any] | None:
         return read(folder)
     if folder.exists() and not folder.is_dir():
         raise FieldError("OUTPUT", str(folder), "is a file; name a new folder")
-    if folder.is_dir() and any(path.name != STATE for path in folder.iterdir()):
+    # The first manifest may have been cut off, or be written just now by another process of the same batch.
+    if folder.is_dir() and any(path.name != STATE and not path.match(PARTIAL) for path in folder.iterdir()):
         raise FieldError("OUTPUT", str(folder), "holds other files and no batch; name a new folder")
     return None
 

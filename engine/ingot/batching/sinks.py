@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import file_digest
 from pathlib import Path
@@ -42,13 +43,22 @@ def plain(value: Any) -> Any:
     if isinstance(value, str):
         return storable(value)
     if isinstance(value, (list, dict)):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return storable(json_text(value))
     return str(value) if kind_of(value) == JSON else value
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON: dates and the like as their text, NaN and infinities, which JSON does not have, as null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+        return json.dumps(finite, ensure_ascii=False)
 
 
 def json_line(record: Record) -> bytes:
     """One line of JSONL. Half of a character stays what it is, as an escape."""
-    return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
+    return (json_text(record) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_part(path: Path, records: Sequence[Record], kinds: dict[str, str]) -> str:
@@ -103,7 +113,7 @@ def _parquet(file: IO[bytes], records: Sequence[Record], kinds: dict[str, str]) 
         kind = kinds.get(name) or _common(values)
         cells = [plain(value) for value in values]
         if kind in (TEXT, JSON):
-            cells = [cell if cell is None or isinstance(cell, str) else json.dumps(cell) for cell in cells]
+            cells = [cell if cell is None or isinstance(cell, str) else json_text(cell) for cell in cells]
         elif kind == "float":  # pyarrow refuses integers that a float cannot hold exactly
             cells = [None if cell is None else float(cell) for cell in cells]
         fields.append(pa.field(name, types[kind]))
@@ -142,6 +152,7 @@ def rows_in(path: Path) -> int:
     if path.suffix == ".parquet":
         return int(_pyarrow()[1].ParquetFile(path).metadata.num_rows)
     if path.suffix == ".csv":
+        csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is shorter than what a cell may hold
         with path.open(encoding="utf-8", newline="") as file:
             return sum(1 for _ in csv.reader(file)) - 1
     with path.open("rb") as file:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ingot.batching.rows import Reading, is_request
 from ingot.batching.sinks import kind_of, merged
 from ingot.data.sources import BadRow, Row, file_sha256, files_of, read_rows, require_lazy, shown
-from ingot.errors import DataError
+from ingot.errors import DataError, FieldError
 from ingot.recipe import Source
 
 FIELD = "INPUT"
@@ -45,19 +45,24 @@ class Content:
 
 
 class Input:
-    """The rows of a file, a folder or a glob, in the order of file names. Raises DataError where there is none, where
-    a file cannot be read row by row, or is damaged as a whole.
+    """The rows of a file, a folder or a glob, in the order of file names, without those in the folder `output`: a glob
+    that reaches it finds more at every start. Raises DataError where there is none, where a file cannot be read row by
+    row, or is damaged as a whole; FieldError where all are in `output`.
     """
 
-    def __init__(self, uri: str, limit: int | None = None) -> None:
+    def __init__(self, uri: str, limit: int | None = None, output: Path | None = None) -> None:
         source = Source(uri=uri)
         place = Path(uri)
         self.home = place if place.is_dir() else place.parent
         if glob.has_magic(uri) and not place.exists():
             parts = [part for part in place.parts if not glob.has_magic(part)]
             self.home = Path(*parts[: next(n for n, part in enumerate(place.parts) if glob.has_magic(part))])
-        require_lazy(source, Path.cwd(), FIELD)
-        self.paths = files_of(source, Path.cwd(), FIELD)
+        found = files_of(source, Path.cwd(), FIELD)
+        self.paths = [path for path in found if output is None or output.resolve() not in path.resolve().parents]
+        if not self.paths:
+            raise FieldError("OUTPUT", str(output), "holds all files that INPUT matches; name another folder")
+        for path in self.paths:
+            require_lazy(Source(uri=str(path.absolute())), self.home, FIELD)
         self.limit = limit
 
     def first(self) -> Row | None:

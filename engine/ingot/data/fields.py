@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ingot.data.sources import Row, has_broken_characters
+from ingot.data.sources import NOT_JSON, Row, has_broken_characters, why_not_json
 from ingot.recipe import Data
 
 
@@ -43,5 +43,5 @@ def parsed(value: Any, name: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise Unusable(f"{name} is not JSON: {error.msg}") from error
+    except NOT_JSON as error:
+        raise Unusable(f"{name} is not JSON: {why_not_json(error)}") from error

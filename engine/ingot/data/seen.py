@@ -146,6 +146,6 @@ def _turns_in(text: str) -> list[Any] | None:
         return None
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if all(isinstance(one, dict) and "role" in one for one in value) else None

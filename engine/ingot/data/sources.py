@@ -33,6 +33,8 @@ EXTENSIONS: dict[str, str] = {
     ".txt": "text",
 }
 GENERATED = "ingot://"
+NOT_JSON = (ValueError, RecursionError)
+"""What `json.loads` raises; `why_not_json` says it in words."""
 # Undecodable bytes are read as lone surrogates (PEP 383), so that one bad line does not hide the good ones after it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -122,6 +124,13 @@ def has_broken_characters(text: str) -> bool:
     return _SURROGATE.search(text) is not None
 
 
+def why_not_json(error: Exception) -> str:
+    """What is wrong by an error of `json.loads`."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else "an integer has too many digits"
+
+
 # --- which files -----------------------------------------------------------------------------------------------
 
 
@@ -206,8 +215,9 @@ def _jsonl(path: Path, name: str, field: str) -> Iterator[Row | BadRow]:
                 continue
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield BadRow(where, f"not JSON: {error.msg} at column {error.colno}")
+            except NOT_JSON as error:
+                column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                yield BadRow(where, f"not JSON: {why_not_json(error)}{column}")
                 continue
             yield _object_row(value, where)
 
@@ -230,11 +240,12 @@ def _json(path: Path, name: str, field: str) -> Iterator[Row | BadRow]:
         raise DataError(f"{field}.uri", name, "is not UTF-8; save it as UTF-8", where=f"{name}:{line}")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        fix = f"is not JSON: {error.msg}"
-        if error.msg == "Extra data":
+    except NOT_JSON as error:
+        fix = f"is not JSON: {why_not_json(error)}"
+        if fix.endswith("Extra data"):
             fix += "; for one JSON object a line set format: jsonl"
-        raise DataError(f"{field}.uri", name, fix, where=f"{name}:{error.lineno}") from error
+        where = f"{name}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else name
+        raise DataError(f"{field}.uri", name, fix, where=where) from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise DataError(f"{field}.uri", name, 'must hold a list of objects, or {"data": [...]}')

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -47,12 +48,19 @@ class Runtime:
     def load(cls, folder: str | Path, device: str = "auto", base: Path | None = None) -> "Runtime":
         """Load a complete Hugging Face folder (safetensors, no remote code, no network), or an adapter over `base`
         (None: over the one that it names). On a CPU in float32.
+
+        Raises OSError, ValueError or KeyError where it cannot be read.
         """
         folder = Path(folder)
-        if is_adapter(folder):
-            adapted: Runtime = over_base(cls._whole, folder, device, base)
-            return adapted
-        return cls._whole(folder, device)
+        try:
+            if is_adapter(folder):
+                adapted: Runtime = over_base(cls._whole, folder, device, base)
+                return adapted
+            return cls._whole(folder, device)
+        except torch.OutOfMemoryError:
+            raise
+        except (SafetensorError, RuntimeError) as error:  # cut short, or not what the configuration says
+            raise ValueError(f"the weights cannot be read: {' '.join(str(error).split())}") from error
 
     @classmethod
     def _whole(cls, folder: Path, device: str, elsewhere: frozenset[str] = frozenset()) -> "Runtime":
@@ -190,25 +198,27 @@ def missing_over_base(folder: Path, base: Path) -> list[str]:
 
 
 def _model(folder: Path, task: str, dtype: Any, elsewhere: frozenset[str]) -> nn.Module:
-    """The weights of a folder under what the task needs. Raises ValueError where some are missing that are not
-    `elsewhere`.
+    """The weights of a folder under what the task needs. Raises ValueError where some are missing, or have another
+    shape, that are not `elsewhere`.
     """
     if task in POOLED and (folder / CLASSIFIER_FILE).is_file():
         return MeanPoolClassifier.from_pretrained(folder, dtype=dtype)
     model, missing = _read(folder, task, elsewhere, dtype=dtype)
     if missing:  # transformers would go on with random weights in their place
         what = "the classifier" if task in POOLED else f"a model for {task}"
-        raise ValueError(f"{folder} lacks weights of {what} ({', '.join(missing[:3])}): it was not saved as a whole")
+        lost = f"lacks weights of {what} ({', '.join(missing[:3])}), or has them in other shapes than config.json says"
+        raise ValueError(f"{folder} {lost}: it was not saved as a whole")
     return model
 
 
 def _read(folder: Path, task: str, elsewhere: frozenset[str], **how: Any) -> tuple[nn.Module, list[str]]:
     """(the model, the names of what it has no weights for, or weights of another shape, and is not `elsewhere`)."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    # Weights of another shape are told below as missing. A base may have such a head, which the adapter's takes the
+    # place of.
+    local["ignore_mismatched_sizes"] = True
     auto = AutoModelForSequenceClassification if task in POOLED else KINDS.get(task, AutoModelForCausalLM)
     auto = AutoModel if task == "embeddings" else auto
-    # A base may come with a head for something else, which the adapter's takes the place of.
-    local["ignore_mismatched_sizes"] = bool(elsewhere)
     level = logging.get_verbosity()
     if elsewhere:
         logging.set_verbosity_error()  # of the head transformers would say that it is missing and drawn anew

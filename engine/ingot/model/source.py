@@ -137,7 +137,10 @@ def _check(model: Model, path: Path, weights: bool, tokenizer: bool) -> None:
             model.source,
             "the folder has no tokenizer (tokenizer.json); copy the base model's tokenizer files into it",
         )
-    needs_code = "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    try:
+        needs_code = "auto_map" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (TypeError, ValueError) as error:
+        raise ModelError("model.source", model.source, f"its config.json is not JSON: {error}") from error
     if needs_code and not model.trust_remote_code:
         raise ModelError(
             "model.trust_remote_code",

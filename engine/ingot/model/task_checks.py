@@ -47,6 +47,9 @@ def read_row(task: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if set(found) not in map(set, schema.forms):
         missing = next((n for form in schema.forms for n in form if set(found) & set(form) and n not in found), None)
         raise SchemaError(missing or schema.forms[0][0], f"each row needs {_forms(schema)}; got {_names(found)}")
+    for name, value in found.items():
+        if _has_halves(value):  # no tokenizer takes them
+            raise SchemaError(name, f"{name}: holds half of a surrogate pair, which is no character")
     return found
 
 
@@ -120,11 +123,28 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
+def _has_halves(value: Any) -> bool:
+    """Whether a text anywhere in `value` is not Unicode. A loop, since JSON may be nested as deeply as Python calls."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            try:
+                one.encode()
+            except UnicodeEncodeError:
+                return True
+        elif isinstance(one, Mapping):
+            left += [*one, *one.values()]
+        elif isinstance(one, Sequence):
+            left += one
+    return False
+
+
 def _turns(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError("is a string, but not JSON") from error
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ValueError("must be a list of at least one message, or its JSON")
@@ -137,7 +157,7 @@ def _words(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError("is a string, but not JSON; a whole text goes into the column text") from error
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError("must be a list of words, or its JSON")

@@ -15,7 +15,7 @@ import pytest
 from ingot.batching import manifest as manifests
 from ingot.batching import sinks
 from ingot.batching.job import Job, allowed_errors
-from ingot.batching.manifest import FINISHED, STOPPED, read
+from ingot.batching.manifest import FINISHED, STOPPED, check_folder, read
 from ingot.errors import FieldError, IngotError, TooManyErrors
 
 Make = Callable[..., Job]
@@ -176,6 +176,20 @@ def test_killed_around_every_rename_nothing_is_lost_or_twice(
     assert codes[-1] == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not list((tmp_path / "killed").glob("**/.*.partial"))
+
+
+def test_killed_at_the_first_manifest_it_is_begun_again(
+    rows_file: Any, make_job: Make, answers_in: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows, out = rows_file(4), tmp_path / "out"
+    monkeypatch.setattr(sinks.os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert ended(forked(lambda: make_job(rows, out))) == -signal.SIGKILL
+    monkeypatch.undo()
+    assert len(list(out.glob(".manifest.json.*.partial"))) == 1
+    assert check_folder(out) is None
+    make_job(rows, out).run()
+    assert len(answers_in(out)) == 4
+    assert not list(out.glob(".*.partial"))
 
 
 # --- several processes, and what goes wrong outside ---------------------------------------------------------------

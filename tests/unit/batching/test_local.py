@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ingot.batching.answering import Patience
+from ingot.batching.answering import Patience, require_alive
 from ingot.batching.local import CountingRuntime, Requests, Rows, forms_of, kinds_of
 from ingot.batching.rows import Entry, Failure, Outcome, request_id
 from ingot.errors import FieldError
@@ -55,6 +55,12 @@ def test_rows_of_a_wrong_form_do_not_cut_the_batch(runtime: CountingRuntime, mon
     assert asked == [7]
     assert [place for place, one in enumerate(found) if isinstance(one, Failure)] == [3, 5]
     assert found[5].field == "messages"  # type: ignore[union-attr]
+
+
+def test_rows_with_half_a_character_are_at_fault_and_not_the_model(runtime: CountingRuntime) -> None:
+    found = Rows(runtime, {}, Patience(0)).answer(rows("half \ud83d", "\ude42 half"))
+    assert [(one.field, one.unexpected) for one in found] == [("input_string", False)] * 2  # type: ignore[union-attr]
+    require_alive(found)
 
 
 def test_a_prompt_that_is_too_long_is_one_row_less(runtime: CountingRuntime) -> None:

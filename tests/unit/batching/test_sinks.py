@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from ingot.batching.sinks import kind_of, merged, rows_in, write_part
 
 HALF = "\ud83d"
+MIXED = {"v": "float", "parts": "json", "mixed": "json"}
 RECORDS: list[dict[str, Any]] = [
     {"id": "a", "said": 'é "quoted", 语\r\nnext 🙂', "score": 1, "parts": [{"start": 0}], "yes": True, "none": None},
     {"id": "b", "said": "", "score": 0.5, "parts": [], "yes": False, "none": None},
@@ -89,6 +91,36 @@ def test_what_is_no_json_is_written_as_its_text(tmp_path: Path, suffix: str) -> 
         [found] = pq.read_table(path).to_pylist()
     wanted = {"day": "2026-03-01", "price": "1.50", "raw": "b'ab'", "days": '["2026-03-01"]', "n": str(2**63)}
     assert found == wanted
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_half_a_character_in_a_list_or_an_object_is_replaced(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"part-00000.{suffix}"
+    write_part(path, [{"turns": [{"said": HALF}], "about": {HALF: 1}}], {"turns": "json", "about": "json"})
+    if suffix == "csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            [found] = csv.DictReader(file)
+    else:
+        [found] = pq.read_table(path).to_pylist()
+    assert found == {"turns": '[{"said": "\ufffd"}]', "about": '{"\ufffd": 1}'}
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    records = [{"n": math.nan, "parts": [{"n": math.inf}, -math.inf, 0.1], "said": f"NaN é {HALF}", "day": None}]
+    write_part(tmp_path / "part-00000.jsonl", records, {})
+    text = (tmp_path / "part-00000.jsonl").read_text(encoding="utf-8")
+    assert text.startswith('{"n": null, "parts": [{"n": null}, null, 0.1], "said": "NaN é ')
+    assert json.loads(text)["said"] == f"NaN é {HALF}"
+    write_part(tmp_path / "part-00000.parquet", [{"v": math.nan, "parts": [math.nan], "mixed": math.nan}], MIXED)
+    assert str(pq.read_table(tmp_path / "part-00000.parquet").to_pylist()) == str(
+        [{"v": math.nan, "parts": "[null]", "mixed": "null"}]
+    )
+
+
+def test_long_cells_are_counted(tmp_path: Path) -> None:
+    csv.field_size_limit(131_072)  # what a process begins with, which reading an input raises
+    write_part(tmp_path / "part-00000.csv", [{"said": "x" * 200_000}] * 3, {})
+    assert rows_in(tmp_path / "part-00000.csv") == 3
 
 
 def test_mixed_ids_are_texts_in_parquet(tmp_path: Path) -> None:

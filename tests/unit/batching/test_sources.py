@@ -11,7 +11,7 @@ import pytest
 from ingot.batching.rows import Reading
 from ingot.batching.sources import Content, Cursor, Input, is_batch_file
 from ingot.data.sources import Row
-from ingot.errors import DataError
+from ingot.errors import DataError, FieldError
 
 TEXT = Reading((("text",),))
 
@@ -103,6 +103,22 @@ def test_what_cannot_be_read_is_told(folder: Path, tmp_path: Path) -> None:
     (folder / "whole.json").write_text("[]")
     with pytest.raises(DataError, match="cannot be read row by row"):
         Input(str(folder))
+
+
+def test_files_of_the_output_are_no_input(folder: Path) -> None:
+    pattern, before = f"{folder}/**/*", Input(f"{folder}/**/*.jsonl").paths
+    for path in folder.iterdir():
+        if path not in before:
+            path.unlink()
+    out = folder / "out"
+    out.mkdir()
+    (out / "part-00000.jsonl").write_text(lines(1))
+    (out / "manifest.json").write_text("{}")
+    assert Input(pattern, output=out).paths == before
+    (folder / "link").symlink_to(out)
+    assert Input(pattern, output=folder / "link").paths == before
+    with pytest.raises(FieldError, match=r"OUTPUT = .* holds all files that INPUT matches"):
+        Input(str(out / "part-00000.jsonl"), output=out)
 
 
 def test_a_file_of_other_columns_is_told_before_anything(folder: Path) -> None:

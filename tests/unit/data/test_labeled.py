@@ -52,6 +52,7 @@ def test_questions() -> None:
         (SEVERAL, {"labels": ["a", 1.5]}, r"labels\[1\] must be text or an integer, this is float"),
         (SEVERAL, {"labels": ["a", " "]}, r"labels\[1\] is empty"),
         (TAGS, {"tokens": "no list", "tags": ["O"]}, "tokens is not JSON"),
+        (TAGS, {"tokens": "[" * 100_000, "tags": ["O"]}, "tokens is not JSON: nested too deeply"),
         (TAGS, {"tokens": [], "tags": []}, "tokens must be a list of words"),
         (TAGS, {"tokens": ["a", " "], "tags": ["O", "O"]}, "tokens must be a list of words"),
         (TAGS, {"tokens": ["a", "b"], "tags": ["O"]}, "tags must be a list of 2 tags"),

@@ -37,6 +37,11 @@ def written(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+def test_a_text_that_only_begins_like_a_chat_is_a_text() -> None:
+    text = '[{"role": ' + "[" * 100_000
+    assert list(texts_in(text)) == [text]
+
+
 def test_rows_of_a_file_know_where_they_stand(tmp_path: Path) -> None:
     written(tmp_path / "a.jsonl", [{"q": "one", "a": "two", "n": 3}, ["no object"], {"q": "", "a": None}, {"q": "x"}])
     file = File("a.jsonl", tmp_path, "--against")

@@ -63,6 +63,8 @@ def test_json_under_the_key_data(tmp_path):
         ('{"a": 1}\n{"a": 2}\n', "format: jsonl"),
         ('{"rows": []}', "list of objects"),
         ("[1,", "not JSON"),
+        ("[" * 100_000, "not JSON: nested too deeply"),
+        (f"[{'1' * 5_000}]", "not JSON: an integer has too many digits"),
     ],
 )
 def test_a_json_file_that_is_none(tmp_path, text, fix):
@@ -99,6 +101,17 @@ def test_bad_jsonl_rows_say_where_and_why(tmp_path):
     assert [type(row) for row in rows] == [Row, BadRow, BadRow, BadRow, Row]
     assert "not JSON" in rows[1].reason
     assert "list" in rows[2].reason
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [("1" * 5_000, "an integer has too many digits"), ("[" * 100_000 + "]" * 100_000, "nested too deeply")],
+)
+def test_json_that_python_does_not_read_spoils_its_own_row_only(tmp_path, value, why):
+    (tmp_path / "r.jsonl").write_text(f'{{"a": 1}}\n{{"a": {value}}}\n{{"a": 2}}\n')
+    first, bad, last = rows_of(tmp_path, "r.jsonl")
+    assert bad == BadRow("r.jsonl:2", f"not JSON: {why}")
+    assert [first.values, last.values] == [{"a": 1}, {"a": 2}]
 
 
 def test_csv_lines_are_counted_through_quoted_line_breaks(tmp_path):

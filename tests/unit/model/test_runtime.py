@@ -1,5 +1,6 @@
 """What a model folder must hold to be answered with."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,18 @@ def test_classifier_without_its_head_is_refused(folder, tiny_tokenizer):
     BertModel(config(tiny_tokenizer)).save_pretrained(folder)
     (folder / "ingot.json").write_text('{"task": "text-classification", "labels": ["no", "yes"]}')
     with pytest.raises(ValueError, match=r"lacks weights of the classifier \(classifier"):
+        Runtime.load(folder)
+
+
+def test_weights_that_are_cut_short_or_of_another_model_are_refused(folder, tiny_tokenizer):
+    BertForSequenceClassification(config(tiny_tokenizer)).save_pretrained(folder)
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | {"intermediate_size": 2 * said["intermediate_size"]}))
+    with pytest.raises(ValueError, match=r"\(bert\.encoder.*or has them in other shapes than config.json says"):
+        Runtime.load(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"the weights cannot be read: .*incomplete"):
         Runtime.load(folder)
 
 

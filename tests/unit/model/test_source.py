@@ -53,6 +53,11 @@ def test_folder_without_config(folder, tmp_path):
     assert "config.json" in refused("my-model", tmp_path)
 
 
+def test_folder_with_a_broken_config(folder, tmp_path):
+    (folder / "config.json").write_text("{")
+    assert "config.json is not JSON" in refused("my-model", tmp_path)
+
+
 def test_pickle_only_model_is_refused_with_the_reason(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")

@@ -19,6 +19,7 @@ from ingot.model.task_schemas import TASKS
 from ingot.recipe_data import Task
 
 HELLO = [{"role": "user", "content": "Hello!"}]
+HALF = "\ud83d"
 
 
 def test_every_task_that_is_trained_can_be_answered() -> None:
@@ -53,6 +54,7 @@ def test_examples_and_defaults_pass(task: str) -> None:
         ),
         ("translation", {"source": "Hi"}, {"input_string": "Hi"}),
         ("token-classification", {"tokens": '["a", "b"]'}, {"tokens": ["a", "b"]}),
+        ("token-classification", {"tokens": '["\\ud83d\\ude42"]'}, {"tokens": ["🙂"]}),
         ("token-classification", {"tokens": np.array(["a", "b"])}, {"tokens": ["a", "b"]}),
         ("reward", {"": "Hi"}, {"text": "Hi"}),
         ("text-classification", {"input_string": "Hi"}, {"text": "Hi"}),
@@ -77,6 +79,14 @@ def test_rows_by_the_tables_names(task: str, row: dict[str, Any], found: dict[st
         ("token-classification", {"tokens": ["a", " "]}, "tokens", "none of them blank"),
         ("token-classification", {"tokens": "Anna lives"}, "tokens", "column text"),
         ("waffles", {}, "task", "tasks are chat-completion"),
+        ("text-classification", {"text": f"a {HALF}"}, "text", "half of a surrogate pair"),
+        ("token-classification", {"tokens": ["a", HALF]}, "tokens", "half of a surrogate pair"),
+        ("chat-completion", {"messages": [{"role": "user", "content": HALF}]}, "messages", "half of a surrogate pair"),
+        ("chat-completion", {"messages": json.dumps([{"role": "user", "content": HALF}])}, "messages", "half of a"),
+        ("chat-completion", {"messages": [*HELLO, {"role": "user", "content": [{"text": HALF}]}]}, "messages", "half"),
+        ("chat-completion", {"messages": [{"role": "user", "content": "a", HALF: 1}]}, "messages", "half of a"),
+        ("chat-completion", {"messages": "[" * 100_000}, "messages", "not JSON"),
+        ("token-classification", {"tokens": "[" * 100_000}, "tokens", "not JSON"),
     ],
 )
 def test_wrong_columns_are_named(task: str, row: dict[str, Any], field: str, told: str) -> None:

@@ -83,7 +83,7 @@ def test_the_batch_driver_gives_one_row_for_each_row(
     driver = _script(out, "batch_driver")
     texts = [f"Hello number {i}, thank you" for i in range(70)]  # more than ROWS_AT_ONCE
     pd.DataFrame({"id": range(70), "text": texts}).to_csv(tmp_path / "a.csv", index=False)
-    pd.DataFrame({"text": ["NA"]}).to_json(tmp_path / "b.jsonl", orient="records", lines=True)
+    (tmp_path / "b.jsonl").write_text('{"text": "NA"}\n', encoding="utf-8-sig")  # as editors of Windows save
     pd.DataFrame({"text": ["Good"]}).to_parquet(tmp_path / "c.parquet")
     found = driver.run([str(tmp_path / name) for name in ("a.csv", "b.jsonl", "c.parquet")])
     assert list(found) == ["file", "row", "label", "probability", "error"]

@@ -64,7 +64,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     elif kind in (".parquet", ".pqt"):
         frame = pd.read_parquet(path)
     elif kind in (".jsonl", ".json"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         frame = pd.DataFrame(json.loads(text) if kind == ".json" else [json.loads(it) for it in text.split("\n") if it])
     else:
         raise ValueError(f"{kind or 'no ending'}; this driver reads .csv, .parquet, .jsonl and .json")
