@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ingot.errors import CheckpointError
+from ingot.model.modes import make_readable
 
 
 def export_model(
@@ -36,6 +37,7 @@ def export_model(
         save(partial)
         save_tokenizer(tokenizer, partial)
         (partial / "ingot.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        make_readable(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
