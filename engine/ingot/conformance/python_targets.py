@@ -67,7 +67,8 @@ def batch(case: Case) -> Answers:
     answers = [
         json.loads(line)
         for part in sorted(out.glob("part-*.jsonl"))
-        for line in part.read_text(encoding="utf-8").splitlines()
+        for line in part.read_text(encoding="utf-8").split("\n")  # splitlines also cuts within JSON's strings
+        if line
     ]
     names = list(case.expected[0])
     yield "jsonl", [{name: answer[name] for name in names if name in answer} for answer in answers]

@@ -144,6 +144,21 @@ def test_plain_transformers_answers_the_same(make_case: Callable[[str], Case], n
     assert found.difference is not None and found.difference < 1e-6
 
 
+def test_answers_of_a_batch_are_cut_at_line_feeds_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ingot.conformance import python_targets
+
+    answer = {"output_string": "a\u2028b\x85c"}
+
+    def write(*_: Any) -> None:
+        (case.scratch / "answers").mkdir()
+        line = json.dumps(answer, ensure_ascii=False) + "\n"
+        (case.scratch / "answers" / "part-0.jsonl").write_text(line, encoding="utf-8")
+
+    monkeypatch.setattr(python_targets, "run", write)
+    found = conform(replace(case, expected=[answer]), "batch")
+    assert (found.state, found.reason) == ("passed", "")
+
+
 def rewrite(path: Path, content: bytes) -> None:
     """Another file in its place: the model folder that it was linked from stays."""
     path.unlink()
