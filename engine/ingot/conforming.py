@@ -151,7 +151,8 @@ def case_of(
     expected = [_answer(runtime, row, place) for place, row in asked.items()]
     verified = package / "verification.json"
     proof = json.loads(verified.read_text(encoding="utf-8")) if verified.is_file() else {}
-    about = {"new_tokens": runtime.default_new_tokens, "answered_on": proof.get("device", "cpu")}
+    about = {"new_tokens": runtime.default_new_tokens, "longest": runtime.answering.longest}
+    about |= {"answered_on": proof.get("device", "cpu")}
     task = runtime.task
     del runtime  # before others load it too
     scratch = Path(tempfile.mkdtemp(prefix="ingot-conform-"))

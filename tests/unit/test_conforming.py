@@ -157,6 +157,18 @@ def test_rows_are_cut_at_line_feeds_alone(tmp_path: Path) -> None:
     assert [row["text"] for row in conforming.read_rows(rows).values()] == texts
 
 
+def test_targets_are_told_where_the_runtime_cuts(
+    head_folder: Path, tmp_path: Path, planted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = json.loads((head_folder / "ingot.json").read_text()) | {"max_tokens": 8}
+    (head_folder / "ingot.json").write_text(json.dumps(about))
+    place = packaged(head_folder, tmp_path / "package", "text-classification", {"text": "Hello!"})
+    asked: list[Case] = []
+    monkeypatch.setattr(targets, "good", lambda case: [asked.append(case), good(case)][1])
+    conforming.run(str(place), ["good"])
+    assert asked[0].about["longest"] == 8
+
+
 def test_a_run_is_asked_its_test_rows(package: Path, planted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [{"text": "a test row"}]
 

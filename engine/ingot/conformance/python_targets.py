@@ -53,10 +53,8 @@ def huggingface(case: Case) -> Answers:
         kind = "sequence-to-sequence"
     if kind is None:
         raise Unavailable(f"what a {case.task} model says of a row is made by Ingot's runtime from its raw outputs")
-    yield (
-        "rows",
-        ask_child(case, CHILDREN / "huggingface_child.py", kind=kind, new_tokens=case.about.get("new_tokens", 128)),
-    )
+    about = {"new_tokens": case.about.get("new_tokens", 128), "longest": case.about.get("longest")}
+    yield "rows", ask_child(case, CHILDREN / "huggingface_child.py", kind=kind, **about)
 
 
 def batch(case: Case) -> Answers:
