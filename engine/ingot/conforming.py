@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,6 +18,7 @@ from ingot.conformance.targets import FAILED, PASSED, SKIPPED, TARGETS, Result, 
 from ingot.errors import DataError, IngotError, ModelError, PackageError, RecipeError
 from ingot.model.adapted import find_base, is_packaged_adapter
 from ingot.model.runtime import Runtime
+from ingot.model.sampling import InputError
 from ingot.packaging.bundle import check_manifest, metadata_of
 from ingot.packaging.gguf import MODEL_FILE
 from ingot.packaging.registry import REFERENCE, fetched
@@ -31,6 +32,7 @@ from ingot.stages import requests_of
 TEMPLATE = Path(__file__).parent / "conformance" / "report.html.jinja"
 VERSIONS = ("torch", "transformers", "mlflow")
 MOST_ROWS = 20
+Place = tuple[str, str]  # field and value of a DataError about a row
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ def run(
         raise RecipeError("--target", unknown[0], nearest(unknown[0], TARGETS))
     package, trained_by = opened(model, store)
     _earlier(package)  # before minutes of asking
-    rows = read_rows(rows_file) if rows_file is not None else test_rows(trained_by, progress)
+    if rows_file is not None:
+        rows = read_rows(rows_file)
+    else:
+        rows = {("data.test", f"row {n}"): row for n, row in enumerate(test_rows(trained_by, progress), 1)}
     chosen = list(dict.fromkeys(targets)) or list(TARGETS)
     used = {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
     results = []
@@ -132,25 +137,39 @@ def _gguf_about(package: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def case_of(package: Path, run: Run | None, further: list[Record], install: bool, timeout_s: float) -> Iterator[Case]:
+def case_of(
+    package: Path, run: Run | None, further: Mapping[Place, Record], install: bool, timeout_s: float
+) -> Iterator[Case]:
     """What targets are asked about `package`: its example, and further rows. What is expected is computed here, on the
-    CPU: by the package's own model, or of a GGUF file by the model of its `run`.
+    CPU: by the package's own model, or of a GGUF file by the model of its `run`. Raises DataError for a row that the
+    model does not answer.
     """
     folder = run.model if run is not None and (package / "model" / MODEL_FILE).is_file() else package / "model"
     base = _base_of(folder)
     runtime = Runtime.load(folder, "cpu")
-    rows = [_strings(runtime.about["example"]), *further]
-    expected = [json.loads(json.dumps(runtime.answer([row])[0])) for row in rows]
+    asked = {("example", "ingot.json"): _strings(runtime.about["example"]), **further}
+    expected = [_answer(runtime, row, place) for place, row in asked.items()]
     verified = package / "verification.json"
     proof = json.loads(verified.read_text(encoding="utf-8")) if verified.is_file() else {}
-    about = {"new_tokens": runtime.default_new_tokens, "answered_on": proof.get("device", "cpu")}
+    about = {"new_tokens": runtime.default_new_tokens, "longest": runtime.answering.longest}
+    about |= {"answered_on": proof.get("device", "cpu")}
     task = runtime.task
     del runtime  # before others load it too
     scratch = Path(tempfile.mkdtemp(prefix="ingot-conform-"))
     try:
-        yield Case(package, task, rows, expected, scratch, proof.get("answer"), install, timeout_s, about, base)
+        yield Case(
+            package, task, [*asked.values()], expected, scratch, proof.get("answer"), install, timeout_s, about, base
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _answer(runtime: Runtime, row: Record, place: Place) -> Record:
+    try:
+        found: Record = json.loads(json.dumps(runtime.answer([row])[0]))
+    except InputError as error:
+        raise DataError(*place, f"the model does not answer this row: {error}") from error
+    return found
 
 
 def _base_of(folder: Path) -> Path | None:
@@ -174,21 +193,26 @@ def test_rows(run: Run | None, progress: Progress) -> list[Record]:
         return []
 
 
-def read_rows(path: Path) -> list[Record]:
+def read_rows(path: Path) -> dict[Place, Record]:
     """Rows of input columns from JSON lines. Raises DataError with the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also cuts at what JSON leaves in its strings
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("--rows", str(path), f"cannot be read ({error})") from error
-    found = []
+    found = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = ("--rows", f"{path}:{number}")
         try:
             row = json.loads(line)
         except ValueError:
             row = None
         if not isinstance(row, dict) or not row:
-            raise DataError("--rows", f"{path}:{number}", "write one JSON object of input columns a line")
-        found.append(_strings(row))
+            raise DataError(*place, "write one JSON object of input columns a line")
+        found[place] = _strings(row)
+        if wrong := [name for name, value in found[place].items() if not isinstance(value, str)]:
+            raise DataError(*place, f"column {wrong[0]!r} holds no text: write a string, or leave the column out")
     if len(found) > MOST_ROWS:
         raise DataError(
             "--rows", str(path), f"holds {len(found)} rows: write at most {MOST_ROWS}, every target is asked"

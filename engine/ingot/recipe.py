@@ -4,6 +4,7 @@ This is the only place where a knob can exist. Unknown keys are errors, nothing 
 "auto" is resolved by the one reader of the field and saved in the run's `resolved.yaml`.
 """
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -361,6 +362,8 @@ def _check_registered(section: Package, evaluate: Evaluate) -> None:
     """Raise ValueError where the package cannot be registered, or not under this alias."""
     if section.registered_model is not None and not section.enabled:
         raise ValueError("package.registered_model is for package.enabled: true; set that, or remove the name")
+    if section.alias is not None and re.fullmatch(r"latest|v\d+", section.alias, re.IGNORECASE):
+        raise ValueError(f"package.alias = {section.alias} is a name that MLflow keeps to itself; write another one")
     if section.alias is not None and section.registered_model is None:
         raise ValueError(f"package.alias = {section.alias} names a registered model; set package.registered_model")
     if section.alias is not None and evaluate.promotion is None:

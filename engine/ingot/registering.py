@@ -18,6 +18,8 @@ from ingot.runfolder import Run, open_run
 from ingot.track import redact
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+# MLflow keeps the names latest and v1 to itself.
+ALIAS = re.compile(r"(?!(?:latest|v\d+)$)[A-Za-z0-9_-]{1,100}", re.IGNORECASE | re.ASCII)
 
 
 def open_registry(store: str | None = None, output: Path = Path("runs")) -> Registry:
@@ -49,6 +51,8 @@ def register(
     Returns the version and the bytes copied for it. Raises NotPromoted where an alias is asked for that its verdict
     does not allow (nothing is registered then), PackageError for files that are not what was packaged.
     """
+    if alias is not None:
+        _check_alias(alias)
     package, run = package_of(target)
     check_manifest(package)
     name = name or str(versions.metadata_of(package).get("name") or package.name)
@@ -95,6 +99,7 @@ def promote(registry: Registry, reference: str, alias: str, override: str | None
     """Give `alias` to the version that `reference` names, if its verdict is granted and its files are what was
     registered; it is taken from the version that has it. Raises NotPromoted otherwise.
     """
+    _check_alias(alias)
     version = find(registry, reference)
     folder = fetched(version.uri, registry.uri)
     try:
@@ -107,6 +112,12 @@ def promote(registry: Registry, reference: str, alias: str, override: str | None
     return _named(registry, version, alias, cleared)
 
 
+def _check_alias(alias: str) -> None:
+    """Before anything is written: the store finds it out only when it has the version."""
+    if not ALIAS.fullmatch(alias):
+        raise RecipeError("--alias", alias, "write letters, digits, _ and -, and neither latest nor v with a number")
+
+
 def demote(registry: Registry, name: str, alias: str) -> ModelVersion:
     """Take `alias` from the version that has it, which is returned."""
     return registry.remove_alias(name, alias)
@@ -116,7 +127,10 @@ def fetch(registry: Registry, reference: str, out: Path) -> tuple[Path, int]:
     """The files of a version in the new folder `out`, as they were packaged, and the bytes that were copied."""
     if out.exists():
         raise PackageError(f"{out} exists; it is left alone: choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError("OUT", str(out), f"cannot be made ({error.strerror}); choose another place") from error
     return out, linked(fetched(find(registry, reference).uri, registry.uri), out)
 
 

@@ -133,6 +133,42 @@ def test_further_rows_are_asked(package: Path, planted: None, tmp_path: Path) ->
     assert refused.exit_code == 2 and f"{rows}:2" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"foo": "one"}', "the model does not answer this row: unknown column 'foo'; the model takes text"),
+        ('{"text": ""}', "the model does not answer this row: text"),
+        ('{"text": 5}', "column 'text' holds no text: write a string, or leave the column out"),
+        ('{"text": "one", "more": null}', "column 'more' holds no text"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(package: Path, planted: None, tmp_path: Path, row: str, said: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n\n' + row + "\n")
+    refused = ingot(package, "-t", "good", "--rows", rows)
+    assert refused.exit_code == 2
+    assert f"--rows = '{rows}:3': {said}" in refused.stderr.rstrip("\n").split("\n")[-1]
+
+
+def test_rows_are_cut_at_line_feeds_alone(tmp_path: Path) -> None:
+    rows, texts = tmp_path / "rows.jsonl", ["a\u2028b", "a\u2029b", "a\x85b"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    rows.write_bytes("\r\n".join([*lines, "", ""]).encode())
+    assert [row["text"] for row in conforming.read_rows(rows).values()] == texts
+
+
+def test_targets_are_told_where_the_runtime_cuts(
+    head_folder: Path, tmp_path: Path, planted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = json.loads((head_folder / "ingot.json").read_text()) | {"max_tokens": 8}
+    (head_folder / "ingot.json").write_text(json.dumps(about))
+    place = packaged(head_folder, tmp_path / "package", "text-classification", {"text": "Hello!"})
+    asked: list[Case] = []
+    monkeypatch.setattr(targets, "good", lambda case: [asked.append(case), good(case)][1])
+    conforming.run(str(place), ["good"])
+    assert asked[0].about["longest"] == 8
+
+
 def test_a_run_is_asked_its_test_rows(package: Path, planted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [{"text": "a test row"}]
 

@@ -114,6 +114,31 @@ def test_an_alias_moves_with_the_promotion(registry: Registry, package: Callable
         registering.find(registry, "tiny@champion")
 
 
+@pytest.mark.parametrize("alias", ["bad alias", "latest", "Latest", "v1", "", "a/b", "a\n", "\u017fo"])
+def test_an_alias_of_another_form_is_refused_before_anything_is_written(
+    registry: Registry, package: Callable[..., Path], alias: str
+) -> None:
+    place = package()
+    for n_versions in (0, 1):
+        with pytest.raises(RecipeError, match=r"--alias .*write letters, digits, _ and -"):
+            registering.register(registry, place, alias=alias, override=WHO)
+        assert len(registry.versions("tiny")) == n_versions
+        assert not (place / "overrides.jsonl").exists()
+        made, _ = registering.register(registry, place)
+        with pytest.raises(RecipeError, match=r"--alias .*write letters, digits, _ and -"):
+            registering.promote(registry, "tiny", alias, WHO)
+        assert not (fetched(made.uri) / "overrides.jsonl").exists()
+
+
+def test_a_place_within_a_file_is_one_line(registry: Registry, package: Callable[..., Path]) -> None:
+    registering.register(registry, package())
+    Path("file").touch()
+    for inside in ("file/inside", "file/deeper/inside"):
+        refused = CliRunner().invoke(app, ["models", "fetch", "tiny", inside])
+        assert refused.exit_code == 2 and refused.stderr.count("\n") == 1
+        assert f"OUT = '{inside}': cannot be made" in refused.stderr
+
+
 @pytest.mark.parametrize("stamp", [None, REFUSED])
 def test_without_a_granted_verdict_no_alias(
     registry: Registry, package: Callable[..., Path], stamp: dict[str, Any] | None
@@ -323,6 +348,11 @@ def test_a_run_registers_its_package(registry: Registry, tmp_path: Path, write_r
         ({"package": {"registered_model": "a", "enabled": False}}, "package.enabled"),
         ({"package": {"alias": "champion"}}, "set package.registered_model"),
         ({"package": {"registered_model": "a", "alias": "champion"}, "evaluate": {}}, "set evaluate.promotion"),
+        (
+            {"package": {"registered_model": "a", "alias": "latest"}},
+            "package.alias = latest is a name that MLflow keeps",
+        ),
+        ({"package": {"registered_model": "a", "alias": "V2"}}, "package.alias = V2 is a name that MLflow keeps"),
     ],
 )
 def test_recipes_that_could_not_register_are_refused(

@@ -53,10 +53,8 @@ def huggingface(case: Case) -> Answers:
         kind = "sequence-to-sequence"
     if kind is None:
         raise Unavailable(f"what a {case.task} model says of a row is made by Ingot's runtime from its raw outputs")
-    yield (
-        "rows",
-        ask_child(case, CHILDREN / "huggingface_child.py", kind=kind, new_tokens=case.about.get("new_tokens", 128)),
-    )
+    about = {"new_tokens": case.about.get("new_tokens", 128), "longest": case.about.get("longest")}
+    yield "rows", ask_child(case, CHILDREN / "huggingface_child.py", kind=kind, **about)
 
 
 def batch(case: Case) -> Answers:
@@ -67,7 +65,8 @@ def batch(case: Case) -> Answers:
     answers = [
         json.loads(line)
         for part in sorted(out.glob("part-*.jsonl"))
-        for line in part.read_text(encoding="utf-8").splitlines()
+        for line in part.read_text(encoding="utf-8").split("\n")  # splitlines also cuts within JSON's strings
+        if line
     ]
     names = list(case.expected[0])
     yield "jsonl", [{name: answer[name] for name in names if name in answer} for answer in answers]

@@ -19,6 +19,7 @@ from ingot.errors import IngotError, ModelError, RecipeError
 from ingot.model.adapted import PREFIX, TENSORS_FILE, UNDER
 from ingot.model.kinds import logits_of
 from ingot.model.matrices import Matrix, matrices
+from ingot.model.modes import make_readable
 from ingot.model.quantize import QuantizedLinear
 from ingot.recipe import Adapter, Task
 from ingot.registry import nearest
@@ -266,6 +267,7 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     model.save_pretrained(
         folder, save_embedding_layers=False
     )  # "auto" would ask the hub for the base's vocabulary size
+    make_readable(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's card template holds only blanks
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     # peft keeps names in sets, whose order is another in each process

@@ -3,6 +3,7 @@ template.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ingot.errors import CheckpointError
+from ingot.model.generate import context_limit
+from ingot.model.modes import make_readable
 
 
 def export_model(
@@ -35,7 +38,9 @@ def export_model(
         save: Any = model.save_pretrained  # nn.Module knows nothing of it; both of our kinds of model have it
         save(partial)
         save_tokenizer(tokenizer, partial)
+        _state_reach(model, partial / "tokenizer_config.json")
         (partial / "ingot.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        make_readable(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
@@ -45,6 +50,16 @@ def export_model(
             "its checkpoints are untouched: free some disk, then --resume"
         ) from error
     return folder
+
+
+def _state_reach(model: Any, file: Path) -> None:
+    """Let the saved tokenizer's own `truncation=True` cut where the model's positions end."""
+    settings, positions = json.loads(file.read_text(encoding="utf-8")), context_limit(model)
+    # Rotary positions go on behind that number, and servers reach further where they scale them.
+    rotary = getattr(model.config.get_text_config(), "rope_parameters", None)
+    if positions is not None and not rotary and positions < settings.get("model_max_length", math.inf):
+        settings["model_max_length"] = positions
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -26,6 +26,7 @@ import yaml
 from ingot.errors import MissingPackage, PackageError
 from ingot.model.adapted import sha256
 from ingot.model.folder import RUNTIME_FILE
+from ingot.model.modes import make_readable
 from ingot.packaging import shards
 from ingot.packaging.card import write_card
 from ingot.packaging.environment import REQUIREMENTS as REQUIREMENTS
@@ -114,6 +115,7 @@ def building(out: Path) -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         yield folder
+        make_readable(folder)  # a container reads a package as another user than wrote it
         _write_manifest(folder)
         _swap(folder, out)
     except BaseException:

@@ -47,6 +47,8 @@ ALIASES = {
     "llama-3.3": "llama3.3",
     "llama-4": "llama4",
 }
+CREATIVE_COMMONS = re.compile(r"cc-(?P<kind>by(?:-(?:nc|nd|sa)){0,2})(?:-(?P<number>\d\.\d)(?:-[a-z]{2,3})?)?")
+CC_PARTS = {"nc": "non-commercial", "sa": "share-alike", "nd": "no-derivatives"}
 LLAMA = "is licensed under the {0} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
 
 
@@ -70,16 +72,19 @@ def _spdx(name: str, *obligations: str, binding: bool = False, file: str | None 
     return Licence(name, f"https://spdx.org/licenses/{file or name}.html", obligations, binding)
 
 
-def _cc(kind: str, *obligations: str, binding: bool = False) -> list[Licence]:
-    return [
-        Licence(
-            f"cc-{kind}-{number}",
-            f"https://creativecommons.org/licenses/{kind}/{number}/",
-            ("attribution", "state-changes", "notice", *obligations),
-            binding,
-        )
-        for number in ("3.0", "4.0")
-    ]
+def _creative_commons(name: str) -> Licence | None:
+    """One of Creative Commons, of any version and country, by the parts of its name; None for another name."""
+    name = re.sub(r"[\s_-]+", "-", name)
+    if (found := CREATIVE_COMMONS.fullmatch(name)) is None:
+        return None
+    kind, number = found["kind"], found["number"]
+    more = [obligation for part, obligation in CC_PARTS.items() if part in kind.split("-")]
+    return Licence(
+        name,
+        "https://creativecommons.org/licenses/" + (f"{kind}/{number}/" if number else ""),
+        ("attribution", "state-changes", "notice", *more),
+        binding=bool({"share-alike", "no-derivatives"} & {*more}),
+    )
 
 
 def _openrail(name: str, url: str) -> Licence:
@@ -111,12 +116,6 @@ TABLE = {
         _spdx("gpl-3.0", "notice", "state-changes", "share-alike", binding=True, file="GPL-3.0-only"),
         _spdx("agpl-3.0", "notice", "state-changes", "share-alike", binding=True, file="AGPL-3.0-only"),
         _spdx("lgpl-3.0", "notice", "state-changes", "share-alike", binding=True, file="LGPL-3.0-only"),
-        *_cc("by"),
-        *_cc("by-sa", "share-alike", binding=True),
-        *_cc("by-nc", "non-commercial"),
-        *_cc("by-nc-sa", "non-commercial", "share-alike", binding=True),
-        *_cc("by-nd", "no-derivatives", binding=True),
-        *_cc("by-nc-nd", "non-commercial", "no-derivatives", binding=True),
         _openrail("openrail", "https://www.licenses.ai"),
         _openrail("openrail++", "https://www.licenses.ai"),
         _openrail("creativeml-openrail-m", _BIGSCIENCE),
@@ -218,7 +217,7 @@ def lookup(name: str | None) -> Licence | None:
     if name is None:
         return None
     plain = name.strip().lower()
-    return TABLE.get(ALIASES.get(plain, plain))
+    return TABLE.get(ALIASES.get(plain, plain)) or _creative_commons(plain)
 
 
 def detect(text: str) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ingot.errors import CheckpointError, RecipeError
 from ingot.model import adapters, skeleton
 from ingot.model.load import load_tokenizer
+from ingot.model.modes import make_readable
 from ingot.parallel.sharded import MODEL
 from ingot.recipe import Recipe
 from ingot.train import manifest
@@ -57,6 +58,7 @@ def consolidate(
             _adapter(written, partial, recipe, home, labels)
         else:
             _model(written, partial, recipe, home, labels)
+        make_readable(partial)
         os.replace(partial, out)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)

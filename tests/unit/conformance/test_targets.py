@@ -47,7 +47,7 @@ def make_case(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str],
         )
         scratch = tmp_path / "scratch"
         scratch.mkdir()
-        about = {"new_tokens": runtime.default_new_tokens}
+        about = {"new_tokens": runtime.default_new_tokens, "longest": runtime.answering.longest}
         return Case(package, TASKS[kind], [example], [answer], scratch, answer, False, 60.0, about)
 
     return make
@@ -142,6 +142,43 @@ def test_plain_transformers_answers_the_same(make_case: Callable[[str], Case], n
     found = conform(make_case(kind), "huggingface")
     assert (found.state, found.reason) == ("passed", "")
     assert found.difference is not None and found.difference < 1e-6
+
+
+def asked(case: Case, row: dict[str, str]) -> Case:
+    """With one other row, and what the runtime answers it."""
+    return replace(case, rows=[row], expected=json.loads(json.dumps(Runtime.load(case.model).answer([row]))))
+
+
+def test_plain_transformers_cuts_a_text_where_training_did(
+    make_case: Callable[[str], Case], near: None, head_folder: Path
+) -> None:
+    about = json.loads((head_folder / "ingot.json").read_text()) | {"max_tokens": 8}
+    (head_folder / "ingot.json").write_text(json.dumps(about))
+    found = conform(asked(make_case("head"), {"text": "Hello! How are you? " * 50}), "huggingface")
+    assert (found.state, found.reason) == ("passed", "")
+
+
+def test_plain_transformers_writes_as_far_as_positions_reach(make_case: Callable[[str], Case], near: None) -> None:
+    case = make_case("text")
+    runtime = Runtime.load(case.model)
+    text = next(text for n in range(200) if len(runtime.prompt_ids(text := "What" + " is" * n)) == 126)
+    found = conform(asked(case, {"input_string": text}), "huggingface")
+    assert (found.state, found.reason) == ("passed", "")
+
+
+def test_answers_of_a_batch_are_cut_at_line_feeds_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ingot.conformance import python_targets
+
+    answer = {"output_string": "a\u2028b\x85c"}
+
+    def write(*_: Any) -> None:
+        (case.scratch / "answers").mkdir()
+        line = json.dumps(answer, ensure_ascii=False) + "\n"
+        (case.scratch / "answers" / "part-0.jsonl").write_text(line, encoding="utf-8")
+
+    monkeypatch.setattr(python_targets, "run", write)
+    found = conform(replace(case, expected=[answer]), "batch")
+    assert (found.state, found.reason) == ("passed", "")
 
 
 def rewrite(path: Path, content: bytes) -> None:

@@ -112,6 +112,7 @@ def test_saved_adapter_holds_what_was_trained_and_no_path(tmp_path):
     assert len(saved) == len(initial) == 28
     assert all(tensor.numel() for tensor in saved.values())
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # weights are read by whoever reads the rest
 
 
 def test_empty_saved_adapter_is_caught(tmp_path, monkeypatch):

@@ -142,6 +142,8 @@ def test_an_adapter_s_package_answers_as_the_merged_model(
 
     wanted = Runtime.load(run.model).answer(rows)
     package = run.form("adapter")
+    for folder in (run.model, run.adapter, run.package, package):  # weights are read by whoever reads the rest
+        assert len({path.stat().st_mode for path in folder.rglob("*") if path.is_file()}) == 1, folder
     _same(Runtime.load(package / "model").answer(rows), wanted)
     columns = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
     _same(mlflow.pyfunc.load_model(str(package)).predict(columns).to_dict("records"), wanted)

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,41 @@ def test_weights_are_copied_where_links_fail(
     weights = out / "model/model.safetensors"
     assert not weights.samefile(text_folder / "model.safetensors")
     assert weights.read_bytes() == (text_folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def new_file(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The mode of a new file under the umask that is set."""
+    before = os.umask(request.param)
+    yield 0o666 & ~request.param
+    os.umask(before)
+
+
+def test_every_file_can_be_read_by_whoever_reads_new_files(text_folder: Path, tmp_path: Path, new_file: int) -> None:
+    weights = text_folder / "model.safetensors"
+    weights.chmod(0o600)  # as safetensors creates files
+    for file in {*text_folder.iterdir()} - {weights}:
+        file.chmod(new_file)
+    out = _package(text_folder, tmp_path / "package")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert {name: oct(mode) for name, mode in modes.items() if mode & 0o444 != new_file & 0o444} == {}
+    assert not list(out.rglob(".mode"))
+    assert (out / "model/model.safetensors").samefile(weights)
+
+
+def test_a_file_whose_mode_is_anothers_is_left(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (text_folder / "model.safetensors").chmod(0o600)
+    real = Path.chmod
+
+    def refused(self: Path, mode: int) -> None:
+        if self.suffix == ".safetensors":
+            raise PermissionError(1, "Operation not permitted")
+        real(self, mode)
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    check_manifest(_package(text_folder, tmp_path / "package"))
 
 
 def test_mlmodel_holds_signature_example_and_metadata(chat_folder: Path, tmp_path: Path) -> None:

@@ -39,6 +39,39 @@ def test_a_licence_is_known_by_both_spellings(written: str, known: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "asks", "binding"),
+    [
+        ("cc-by-1.0", set(), False),
+        ("CC-BY-2.5", set(), False),
+        ("cc-by-sa-2.1-jp", {"share-alike"}, True),
+        ("cc-by-nc-2.0", {"non-commercial"}, False),
+        ("CC BY-NC 4.0", {"non-commercial"}, False),
+        ("cc-by-nc", {"non-commercial"}, False),
+        ("cc-by-nc-sa-2.0", {"non-commercial", "share-alike"}, True),
+        ("cc-by-nc-nd-2.0", {"non-commercial", "no-derivatives"}, True),
+        ("cc-by-nd-nc-1.0", {"non-commercial", "no-derivatives"}, True),
+        ("cc-by-nd-3.0-igo", {"no-derivatives"}, True),
+    ],
+)
+def test_creative_commons_are_known_by_the_parts_of_their_names(written: str, asks: set[str], binding: bool) -> None:
+    licence = lookup(written)
+    assert licence is not None and licence.binding == binding
+    assert set(licence.obligations) == {"attribution", "state-changes", "notice"} | asks
+
+
+@pytest.mark.parametrize("written", ["cc", "cc-by-xx-4.0", "cc-by-nc-4", "cc-nc-4.0", "cc-by-4.0-and-mit"])
+def test_other_names_are_none_of_creative_commons(written: str) -> None:
+    assert lookup(written) is None
+
+
+def test_an_early_version_that_allows_no_commercial_use_stays_so() -> None:
+    with pytest.raises(RecipeError, match=r"allows no commercial use; use package\.license: cc-by-nc-2\.0"):
+        merge([_base("cc-by-nc-2.0")], "mit", "tuned")
+    licence = lookup("cc-by-nc-sa-2.5")
+    assert licence is not None and licence.url == "https://creativecommons.org/licenses/by-nc-sa/2.5/"
+
+
+@pytest.mark.parametrize(
     ("text", "known"),
     [
         ("\n      Apache License\n   Version 2.0, January 2004", "apache-2.0"),

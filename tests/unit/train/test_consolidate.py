@@ -127,6 +127,7 @@ def test_a_whole_model_is_what_transformers_saves(model_folder, tmp_path):
     configs = [json.loads((path / "config.json").read_text()) for path in (out, tmp_path / "whole")]
     assert configs[0] == configs[1]
     assert (out / "generation_config.json").is_file()
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # weights are read by whoever reads the rest
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     ids = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)

@@ -33,6 +33,9 @@ def write(folder: str, rows: list[dict[str, Any]], chat: bool, new_tokens: int) 
 def continued(model: Any, tokenizer: Any, ids: list[int], new_tokens: int) -> str:
     """The text that comes after `ids`."""
     prompt = torch.tensor([ids])
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        new_tokens = min(new_tokens, positions - len(ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     with torch.inference_mode():
         whole = model.generate(
@@ -45,13 +48,18 @@ def continued(model: Any, tokenizer: Any, ids: list[int], new_tokens: int) -> st
     return str(tokenizer.decode(whole[len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def transform(folder: str, rows: list[dict[str, Any]], new_tokens: int) -> list[dict[str, Any]]:
+def cut(longest: int | None) -> dict[str, Any]:
+    """How a tokenizer is told to cut a text where training did; None: not at all."""
+    return {} if longest is None else {"truncation": True, "max_length": longest}
+
+
+def transform(folder: str, rows: list[dict[str, Any]], new_tokens: int, longest: int | None) -> list[dict[str, Any]]:
     """Greedy answers of a sequence-to-sequence model."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     for row in rows:
-        ids = tokenizer(row["input_string"], return_tensors="pt")
+        ids = tokenizer(row["input_string"], return_tensors="pt", **cut(longest))
         with torch.inference_mode():
             written = model.generate(**ids, do_sample=False, num_beams=1, max_new_tokens=new_tokens)[0]
         text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -59,7 +67,7 @@ def transform(folder: str, rows: list[dict[str, Any]], new_tokens: int) -> list[
     return found
 
 
-def classify(folder: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def classify(folder: str, rows: list[dict[str, Any]], longest: int | None) -> list[dict[str, Any]]:
     """The most likely label of each text by the model's own head."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     loader = transformers.AutoModelForSequenceClassification
@@ -70,7 +78,8 @@ def classify(folder: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         [text] = row.values()
         with torch.inference_mode():
-            probs = model.eval()(**tokenizer(text, return_tensors="pt")).logits[0].double().softmax(-1)
+            ids = tokenizer(text, return_tensors="pt", **cut(longest))
+            probs = model.eval()(**ids).logits[0].double().softmax(-1)
         best = int(probs.argmax())
         found.append({"label": model.config.id2label[best], "probability": float(probs[best])})
     return found
@@ -78,11 +87,11 @@ def classify(folder: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(request_file: str, response_file: str) -> None:
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
-    folder, rows, kind = request["model"], request["rows"], request["kind"]
+    folder, rows, kind, longest = (request[name] for name in ("model", "rows", "kind", "longest"))
     if kind == "classifier":
-        found = classify(folder, rows)
+        found = classify(folder, rows, longest)
     elif kind == "sequence-to-sequence":
-        found = transform(folder, rows, request["new_tokens"])
+        found = transform(folder, rows, request["new_tokens"], longest)
     else:
         found = write(folder, rows, kind == "chat", request["new_tokens"])
     Path(response_file).write_text(json.dumps(found), encoding="utf-8")
