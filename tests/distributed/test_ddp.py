@@ -98,6 +98,7 @@ def test_more_ranks_than_rows_in_a_step(recipe_file, tmp_path):
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
 
 
+@pytest.mark.slow  # 67 s; test_data.py goes on with fewer ranks in each run of the tests
 def test_interrupted_on_two_ranks_goes_on_on_one(recipe_file, tmp_path):
     whole = losses(trained(1, recipe_file, tmp_path / "whole", "train.max_steps=40"))
     out = tmp_path / "cut"
