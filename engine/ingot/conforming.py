@@ -148,7 +148,7 @@ def case_of(
     base = _base_of(folder)
     runtime = Runtime.load(folder, "cpu")
     asked = {("example", "ingot.json"): _strings(runtime.about["example"]), **further}
-    expected = [_answer(runtime, row, place) for place, row in asked.items()]
+    rows, expected = map(list, zip(*(_answered(runtime, row, place) for place, row in asked.items()), strict=True))
     verified = package / "verification.json"
     proof = json.loads(verified.read_text(encoding="utf-8")) if verified.is_file() else {}
     about = {"new_tokens": runtime.default_new_tokens, "longest": runtime.answering.longest}
@@ -157,19 +157,18 @@ def case_of(
     del runtime  # before others load it too
     scratch = Path(tempfile.mkdtemp(prefix="ingot-conform-"))
     try:
-        yield Case(
-            package, task, [*asked.values()], expected, scratch, proof.get("answer"), install, timeout_s, about, base
-        )
+        yield Case(package, task, rows, expected, scratch, proof.get("answer"), install, timeout_s, about, base)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _answer(runtime: Runtime, row: Record, place: Place) -> Record:
+def _answered(runtime: Runtime, row: Record, place: Place) -> tuple[Record, Record]:
+    """The row by its columns' own names, which is all that other libraries know, and its answer."""
     try:
-        found: Record = json.loads(json.dumps(runtime.answer([row])[0]))
+        named = _strings(runtime.read([row])[0][0])
+        return named, json.loads(json.dumps(runtime.answer([named])[0]))
     except InputError as error:
         raise DataError(*place, f"the model does not answer this row: {error}") from error
-    return found
 
 
 def _base_of(folder: Path) -> Path | None:

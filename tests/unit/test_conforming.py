@@ -165,8 +165,11 @@ def test_targets_are_told_where_the_runtime_cuts(
     place = packaged(head_folder, tmp_path / "package", "text-classification", {"text": "Hello!"})
     asked: list[Case] = []
     monkeypatch.setattr(targets, "good", lambda case: [asked.append(case), good(case)][1])
-    conforming.run(str(place), ["good"])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input_string": "a row"}')  # another name of the column
+    conforming.run(str(place), ["good"], rows_file=rows)
     assert asked[0].about["longest"] == 8
+    assert asked[0].rows == [{"text": "Hello!"}, {"text": "a row"}]
 
 
 def test_a_run_is_asked_its_test_rows(package: Path, planted: None, monkeypatch: pytest.MonkeyPatch) -> None:
