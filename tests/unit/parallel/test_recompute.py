@@ -251,7 +251,8 @@ def test_compiled_blocks_give_the_same_and_compile_once(kind, backend):
 def test_fused_blocks_give_the_same_and_more_of_them_compile_nothing_more():
     graphs = []
     for layers in (2, 3):
-        plain, compiled = wide("lora", layers), wide("lora", layers)
+        # In float32 the rounding of both alone comes to 1e-5 on some processors.
+        plain, compiled = wide("lora", layers).double(), wide("lora", layers).double()
         report = fused.apply(compiled, Kernels())
         assert len(report.replaced["lora_linear"]) == 7 * layers
         torch._dynamo.reset()
