@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -59,7 +60,10 @@ async def overload(
             told[f"status {answer.status_code}"] += 1
 
     started = time.monotonic()
-    watcher = asyncio.create_task(watch(client, process, seconds / SAMPLES, series))
+    ended = threading.Event()
+    # A thread: the loop of so many clients may come to nothing else for seconds.
+    work = asyncio.to_thread(watch, str(client.base_url), process, seconds / SAMPLES, series, ended)
+    watcher = asyncio.create_task(work)
     sent = 0
     while (now := time.monotonic() - started) < seconds:
         if watcher.done():
@@ -72,7 +76,8 @@ async def overload(
         await asyncio.sleep(0.01)
     await asyncio.gather(*running)
     await asyncio.sleep(2 * seconds / SAMPLES)  # a sample of it at rest
-    watcher.cancel()
+    ended.set()
+    await watcher
     return {
         "sent": sent,
         "rate": rate,
@@ -83,15 +88,15 @@ async def overload(
     }
 
 
-async def watch(client: httpx.AsyncClient, process: int, every: float, series: list[Sample]) -> None:
-    """Append to `series` every so many seconds, until it is cancelled."""
+def watch(url: str, process: int, every: float, series: list[Sample], ended: threading.Event) -> None:
+    """Append to `series` every so many seconds, until it has ended."""
     started = time.monotonic()
-    while True:
-        page = (await client.get("/metrics")).text
-        rows = sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("ingot_running_rows{"))
-        size = max(memory(process, "VmRSS"))  # of the process with the model
-        series.append({"at": round(time.monotonic() - started, 1), "bytes": size, "rows": int(rows)})
-        await asyncio.sleep(every)
+    with httpx.Client(base_url=url, timeout=ANSWER_SECONDS, trust_env=False) as client:
+        while not ended.wait(every):
+            page = client.get("/metrics").text
+            rows = sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("ingot_running_rows{"))
+            size = max(memory(process, "VmRSS"))  # of the process with the model
+            series.append({"at": round(time.monotonic() - started, 1), "bytes": size, "rows": int(rows)})
 
 
 def kept(series: Sequence[Sample], seconds: float) -> dict[str, float | None]:
